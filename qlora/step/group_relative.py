@@ -67,7 +67,7 @@ class GroupObjective:
         self._supervised = SupervisedObjective()
 
     def begin(self) -> None:
-        self.seen = []
+        self.seen.clear()
 
     def weight(self, batch: Batch) -> float:
         if batch.drawn_KT is None or self.keys.loss_type == "dapo":

@@ -10,13 +10,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qlora import device as hardware
 from qlora.errors import TrainingStopped
-from qlora.step.objectives import Figures
+from qlora.step.group_relative import GroupObjective, Seen
+from qlora.step.loss import Objective
+from qlora.step.objectives import Figures, PreferenceObjective
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training.dividing import Joint, worst
 
@@ -34,6 +37,20 @@ class Shown:
     @property
     def worst(self) -> tuple[int, int]:
         return worst(self.codes)
+
+
+class Sums(NamedTuple):
+    """What an objective has `seen` of each micro-batch of a step: `width` figures each, in fp64."""
+
+    seen: list[Tensor]
+    width: int
+
+    @classmethod
+    def of(cls, objective: Objective) -> Sums | None:
+        """None of supervised rows, of which nothing is seen beside the loss."""
+        if isinstance(objective, GroupObjective):
+            return cls(objective.seen, len(Seen._fields))
+        return cls(objective.seen, len(Figures._fields)) if isinstance(objective, PreferenceObjective) else None
 
 
 def shown(joint: Joint, optimizer: AdapterOptimizer, code: int, step: int, took: int = 0) -> Shown:
@@ -69,22 +86,20 @@ def _digest(optimizer: AdapterOptimizer) -> int:
     return int.from_bytes(sha.digest()[:7], "little") + 1
 
 
-def add_up(
-    joint: Joint, optimizer: AdapterOptimizer, losses: Tensor, complete: Tensor, seen: list[Tensor] | None
-) -> None:
-    """The step's gradient, its micro-batches' losses, and what an objective has `seen`, of all processes."""
+def add_up(joint: Joint, optimizer: AdapterOptimizer, losses: Tensor, complete: Tensor, sums: Sums | None) -> None:
+    """The step's gradient, its micro-batches' losses, and what its objective has seen, of all processes."""
     keys = [key for key, there in zip(optimizer.masters, complete.tolist(), strict=True) if there]
     joint.add(optimizer.flat_gradient(keys))
     joint.add(losses)
-    if seen is not None:
-        none = torch.zeros(len(Figures._fields), dtype=torch.float64, device=losses.device)
-        seen[:] = [torch.stack([none, *seen]).sum(0)]
-        joint.add(seen[0])
+    if sums is not None:
+        none = torch.zeros(sums.width, dtype=torch.float64, device=losses.device)
+        sums.seen[:] = [torch.stack([none, *sums.seen]).sum(0)]
+        joint.add(sums.seen[0])
 
 
-def bytes_of_step(optimizer: AdapterOptimizer, micro_batches: int, seen: list[Tensor] | None) -> int:
+def bytes_of_step(optimizer: AdapterOptimizer, micro_batches: int, sums: Sums | None) -> int:
     """What `add_up` adds up in each step: a gradient as long as the masters, losses in fp32, figures in fp64."""
-    return optimizer.buffer_sizes[0] + 4 * micro_batches + (0 if seen is None else 8 * len(Figures._fields))
+    return optimizer.buffer_sizes[0] + 4 * micro_batches + (0 if sums is None else 8 * sums.width)
 
 
 def trained(optimizer: AdapterOptimizer) -> str:

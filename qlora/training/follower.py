@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,13 +34,16 @@ from qlora.numerics import Numerics
 from qlora.recipe.reading import Recipe
 from qlora.stop import StopAsked, StopRequest
 from qlora.study.material import Found
-from qlora.training import dividing, exchanging, handing, preferences, reference, selfcheck
+from qlora.training import dividing, exchanging, handing, reference, selfcheck
+from qlora.training.answered import Answer
 from qlora.training.channel import Channel
 from qlora.training.checkpoint import RunState
 from qlora.training.dividing import FINE, Word
+from qlora.training.exchanging import Sums
 from qlora.training.handing import Handed
 from qlora.training.loop import Training
 from qlora.training.processes import Follower
+from qlora.training.rollouts import Rollouts
 from qlora.training.setup import Job, prepare_job
 from qlora.training.sharing import Stopwatch
 from qlora.training.step_batches import Pack
@@ -129,6 +132,7 @@ class Following(Training):
         super().__init__(job)
         assert isinstance(self.partners, Follower)
         self.channel, self.follower, self.is_compiled = channel, self.partners, False
+        self._drawn: list[Answer] = []  # and not judged yet
         self._use_rows(job.recipe.data.model_copy(update={"packing": word["packing"]}))
         self._apply(self.recovery.settings)
         self._take(word)
@@ -175,10 +179,17 @@ class Following(Training):
     def take_part(self, word: Word) -> None:
         """In what is neither a step nor its update: an evaluation, answers, what the reference says."""
         self._take(word)
-        if word.get("weights"):
-            exchanging.copy_weights(self.channel, self.optimizer)
+        with ExitStack() as stack:
+            if word.get("weights"):
+                stack.enter_context(reference.afterwards_as_now(self.job.model))
+                exchanging.copy_weights(self.channel, self.optimizer)
+            self._do_part(word)
+
+    def _do_part(self, word: Word) -> None:
         with Attempt(), suppress(StopAsked), self.follower.dealt():
-            if word["do"] == "reference":
+            if self.rollouts is not None and word["do"] in ("draw", "recall", "judge"):
+                self._draw_part(self.rollouts, word)
+            elif word["do"] == "reference":
                 asked = reference.AskedOf(
                     word["split"], reference.splits_of(self._judged)[word["split"]], word["as_it_is"]
                 )
@@ -189,6 +200,20 @@ class Following(Training):
                 self.evaluation.losses(self.evaluation.rows())
             return
         self._let_go()
+
+    def _draw_part(self, drawing: Rollouts, word: Word) -> None:
+        if word["do"] == "draw":
+            self._drawn = drawing.draw(word["first"], word["rows"])
+        elif word["do"] == "judge":
+            drawing.answer_questions()
+        else:
+            with nullcontext() if word["as_it_is"] else self.job.model.disable_adapter():
+                drawing.logprobs(self._drawn)
+
+    def take_answers(self, word: Word) -> None:
+        """What was drawn, with what process 0 knows of it."""
+        assert self.rollouts is not None
+        self.rollouts.hold(word["first"], handing.taken_answers(self.channel, word, self.rollouts.prompt_of))
 
     def compute(self, word: Word) -> torch.Tensor | None:
         """Our part of a step, and then the whole gradient with its norm; None where the step is not done."""
@@ -210,10 +235,10 @@ class Following(Training):
         if losses is None or found is None or found.worst[1] != FINE:
             self._let_go()
             return None
-        if state.step + 1 < self.batches.steps:
+        if state.step + 1 < self.batches.steps and not self.rollouts:
             self.ahead.prepare(self._dealt(state.step + 1, shares))
-        seen = preferences.seen_by(self.objective)
-        exchanging.add_up(self.channel, self.optimizer, torch.stack(losses), found.complete, seen)
+        sums = Sums.of(self.objective)
+        exchanging.add_up(self.channel, self.optimizer, torch.stack(losses), found.complete, sums)
         self.optimizer.unscale(loss_scale.factor_of(scale))
         return self.optimizer.gradient_norm()
 
@@ -252,6 +277,8 @@ def _follow(channel: Channel, training: Following) -> None:
                 training.take_state(word)
             elif word["do"] == "judged":
                 training.take_judged(word)
+            elif word["do"] == "answers":
+                training.take_answers(word)
             elif word["do"] == "step":
                 norm = training.compute(word)
             elif word["do"] != "update":

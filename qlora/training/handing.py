@@ -1,13 +1,15 @@
-"""What process 0 hands to the others before they train: rows of a study, and what a reference said.
+"""What process 0 hands to the others: rows of a study, what a reference said, and how drawn answers were judged.
 
-Both are its own work, in the run's folder, which may be on another machine: they travel as they are, are kept in memory
-(of soft labels 384 bytes a token: 56 MB for 100 pages), and are known by the fingerprint of the rows that they become.
+The first two are its own work, in the run's folder, which may be on another machine: they travel as they are, are kept
+in memory (of soft labels 384 bytes a token: 56 MB for 100 pages), and are known by the fingerprint of the rows that
+they become.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from qlora.study.labels import COLUMNS, Labels
 from qlora.study.lesson import Learnt
 from qlora.study.rows import StudyRow, with_rows_of
 from qlora.training import reference
+from qlora.training.answered import Answer
 from qlora.training.dividing import Joint, Word
 from qlora.training.setup import Job
 
@@ -126,3 +129,46 @@ def taken_reference(joint: Joint, word: Word) -> reference.Logprobs:
     for one in found.values():
         joint.copy(one)
     return found
+
+
+def give_answers(joint: Joint, tell: Any, drawn: tuple[int, Sequence[Answer]]) -> None:
+    """What was drawn for the steps from a first one on: 8 bytes a number, of 64 answers of 256 tokens 0.3 to 0.5 MB."""
+    first, answers = drawn
+    values = torch.tensor([value for answer in answers for value in _numbers(answer)], dtype=torch.float64)
+    tell({"do": "answers", "first": first, "size": len(values)})
+    joint.copy(values)
+
+
+def taken_answers(joint: Joint, word: Word, prompt_of: Callable[[int], tuple[int, ...]]) -> list[Answer]:
+    """What process 0 gives, with the prompts of rows that are here too."""
+    values = torch.zeros(word["size"], dtype=torch.float64)
+    joint.copy(values)
+    rest, found = iter(values.tolist()), []
+    for row in rest:
+        found.append(_answer(int(row), prompt_of, rest))
+    return found
+
+
+def _numbers(answer: Answer) -> Iterator[float]:
+    """All that a step needs to know of it, whole numbers among it below 2^53."""
+    yield from (answer.row, answer.number, answer.ended, answer.reward, answer.advantage)
+    for values in (answer.token_ids, answer.logprobs, answer.reference, answer.old):
+        yield len(values)
+        yield from values
+
+
+def _answer(row: int, prompt_of: Callable[[int], tuple[int, ...]], rest: Iterator[float]) -> Answer:
+    number, ended, reward, advantage = islice(rest, 4)
+    token_ids, logprobs, reference, old = (tuple(islice(rest, int(next(rest)))) for _ in range(4))
+    return Answer(
+        row=row,
+        number=int(number),
+        prompt_ids=prompt_of(row),
+        token_ids=tuple(map(int, token_ids)),
+        ended=bool(ended),
+        logprobs=logprobs,
+        reward=reward,
+        advantage=advantage,
+        reference=reference,
+        old=old,
+    )

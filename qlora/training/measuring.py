@@ -1,4 +1,4 @@
-"""What the processes of a run share of an evaluation: losses of micro-batches, answers to batches of prompts.
+"""What the processes of a run share beside its steps: losses of micro-batches, answers to batches of prompts.
 
 Each micro-batch and each batch of prompts is done by one process, whole, so that every figure is that of one process.
 """
@@ -6,6 +6,7 @@ Each micro-batch and each batch of prompts is done by one process, whole, so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from qlora.step.loss import Objective
 from qlora.training import preferences
 from qlora.training.dividing import Division
 from qlora.training.questions import Question
+
+Numbers = Sequence[float]  # what is said of one answer: tokens, and what else is known of it
+Answering = Callable[[Sequence[int], generate.Asked], Sequence[Numbers]]  # of the prompts with these numbers, one batch
 
 
 class Told(NamedTuple):
@@ -68,25 +72,48 @@ def losses(
 def answers(model: Any, asked: Asked, told: Told, shares: Division) -> list[str]:
     """Greedy answers as text."""
     prompts, chat = [question.prompt_ids for question in asked.questions], asked.chat
-    together = generate.asked_together(prompts, asked.at_once)
-    total = len(prompts) * asked.limit
+    how = asked_of(chat, asked.limit, asked.at_once, told, "answer")
+    found = greedy(model, prompts, how, shares)
+    return [chat.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
 
-    def watch(done: int) -> None:
+
+def asked_of(chat: ChatTokenizer, limit: int, at_once: int, told: Told, task: str) -> generate.Asked:
+    """How prompts are answered in a run, where `told` is who may end it and hears of it."""
+
+    def watch(done: int, total: int) -> None:
         told.check_stop()
-        told.sink.emit(Progress("answer", done, total, "tokens"))
+        told.sink.emit(Progress(task, done, total, "tokens"))
+
+    return generate.Asked(chat.end_token_ids, limit, chat.pad_id, at_once, watch)
+
+
+def greedy(model: Any, prompts: Sequence[Sequence[int]], how: generate.Asked, shares: Division) -> list[list[int]]:
+    """Greedy answers as tokens."""
+
+    def answered(members: Sequence[int], how: generate.Asked) -> list[list[int]]:
+        rest = (how.ends, how.max_new_tokens, how.pad_id, how.batch_size, how.watch)
+        return generate.greedy(model, [prompts[number] for number in members], *rest)
+
+    return [[int(token) for token in one] for one in in_batches(prompts, how, shares, answered)]
+
+
+def in_batches(
+    prompts: Sequence[Sequence[int]], how: generate.Asked, shares: Division, answering: Answering
+) -> list[list[float]]:
+    """What `answering` says of each prompt, in their order; which of them are a batch is as in one process."""
+    together = generate.asked_together(prompts, how.batch_size)
+    total = len(prompts) * how.max_new_tokens
 
     def answered(number: int) -> Tensor:
-        before = number * asked.at_once * asked.limit
-        texts = [prompts[index] for index in together[number]]
-        how = (chat.end_token_ids, asked.limit, chat.pad_id, asked.at_once, lambda done, _: watch(before + done))
-        given = generate.greedy(model, texts, *how)
-        return torch.tensor([one for ids in given for one in (len(ids), *ids)], dtype=torch.float64)
+        before = number * how.batch_size * how.max_new_tokens
+        own = replace(how, watch=lambda done, _: how.watch(before + done, total))
+        given = answering(together[number], own)
+        return torch.tensor([one for values in given for one in (len(values), *values)], dtype=torch.float64)
 
-    found = [""] * len(prompts)
+    found: list[list[float]] = [[] for _ in prompts]
     for members, given in zip(together, shares.shared(range(len(together)), answered), strict=True):
-        values = iter(given.long().tolist())
+        values = iter(given.tolist())
         for index in members:
-            ids = list(islice(values, next(values)))
-            found[index] = chat.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    watch(total)
+            found[index] = list(islice(values, int(next(values))))
+    how.watch(total, total)
     return found

@@ -30,10 +30,12 @@ from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked, StopRequest
-from qlora.training import dividing, exchanging, handing
+from qlora.training import dividing, exchanging, handing, reference
+from qlora.training.answered import Answer
 from qlora.training.channel import LEAVE_SECONDS, Channel
 from qlora.training.checkpoint import RunState
 from qlora.training.dividing import FINE, NO_MEMORY, STOP, Division, Item, Word
+from qlora.training.exchanging import Sums
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.sharing import Sharing, Stopwatch
 from qlora.training.words import of_settings, word_of
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from qlora.training.setup import Job
 
 Work = Callable[[Cut], list[Tensor]]  # this process's part of a step: the loss of each of all its micro-batches
-SHARED_OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
 
 
 def refuse_unbuilt(recipe: Recipe) -> None:
@@ -50,9 +51,6 @@ def refuse_unbuilt(recipe: Recipe) -> None:
     if recipe.memory.shard_weights is True and recipe.data.documents:
         what = "the others would load their parts of the base before process 0 has studied: not built with documents"
         raise RecipeError([Problem("memory.shard_weights", what, "take it out, or set memory.stream_weights = true")])
-    if recipe.train.objective not in SHARED_OBJECTIVES:
-        what = f'"{recipe.train.objective}": not built for several processes'
-        raise RecipeError([Problem("train.objective", what, "start it as one process, without torchrun")])
 
 
 class Partners(Division):
@@ -63,6 +61,9 @@ class Partners(Division):
 
     def begin(self, job: Job, micro_batches: int) -> None:
         """When all is settled, and the state that the run begins or goes on with is in the optimizer."""
+
+    def hand(self, first: int, answers: Sequence[Answer]) -> None:
+        """What was drawn for the steps from `first` on, counted from 0, and how it was judged, is theirs too."""
 
     def cut(self, _state: RunState, lengths: Sequence[int], settings: MemorySettings) -> Cut:
         """The micro-batches of a step whose packs have so many tokens, and whose they are."""
@@ -99,9 +100,9 @@ class Leader(Partners):
         optimizer: AdapterOptimizer,
         stop: StopRequest,
         keep: Callable[[], None],
-        seen: list[Tensor] | None = None,
+        sums: Sums | None = None,
     ) -> None:
-        self.channel, self.optimizer, self.stop, self.keep, self.seen = channel, optimizer, stop, keep, seen
+        self.channel, self.optimizer, self.stop, self.keep, self.sums = channel, optimizer, stop, keep, sums
         self._dealing = self._have_state = self._kept = False
         self._owners: tuple[int, ...] = ()  # of the step that is being computed
         self._sharing: Sharing | None = None
@@ -128,11 +129,16 @@ class Leader(Partners):
             message = f"{size} processes with unequal cards: each computes of a step what its speed is worth"
         if idle := max(0, size - micro_batches):
             message += f"; {idle} of them have none: lower train.micro_batch_size or raise train.batch_size"
-        summed = exchanging.bytes_of_step(self.optimizer, micro_batches, self.seen)
+        summed = exchanging.bytes_of_step(self.optimizer, micro_batches, self.sums)
         job.sink.emit(Notice("processes", f"{message}; {summed / 2**20:,.2f} MiB a step are added up", size))
         self._have_state = False  # what was asked of them before was asked of the untrained model
-        if job.recipe.train.objective != "sft":
+        if job.recipe.train.objective not in reference.PLAIN:
             handing.give_reference(self.channel, self.channel.tell, job.data)
+
+    def hand(self, first: int, answers: Sequence[Answer]) -> None:
+        with self._keeping():
+            self._copy_state()
+            handing.give_answers(self.channel, self.channel.tell, (first, answers))
 
     def mine(self, micro_step: int) -> bool:
         return not self._dealing or self._owners[micro_step] == 0
@@ -193,7 +199,7 @@ class Leader(Partners):
         if measures:
             self.sharing.measured = cut.work_of(lengths, len(found.codes)), found.took
         together = torch.stack(losses)
-        exchanging.add_up(self.channel, self.optimizer, together, found.complete, self.seen)
+        exchanging.add_up(self.channel, self.optimizer, together, found.complete, self.sums)
         return list(together)
 
     @contextmanager
@@ -328,10 +334,10 @@ def _begin_early(channel: Channel, job: Job) -> None:
 
 
 def of_run(
-    optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None], seen: list[Tensor] | None = None
+    optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None], sums: Sums | None = None
 ) -> Partners:
-    """The partners of the run that is under way; `keep` saves its last completed step, `seen` is the objective's."""
+    """The partners of the run that is under way; `keep` saves its last completed step, `sums` are the objective's."""
     channel = _CHANNEL.get()
     if channel is None:
         return Partners()
-    return Follower(channel) if channel.place.rank else Leader(channel, optimizer, stop, keep, seen)
+    return Follower(channel) if channel.place.rank else Leader(channel, optimizer, stop, keep, sums)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -37,7 +37,7 @@ from qlora.training.memory_plan import MemorySettings
 from qlora.training.setup import Job
 
 FOLDER, FILE = "reference", "logprobs.safetensors"
-_PLAIN = ("sft", "grpo")  # whose rows show an answer; of answers that are drawn, the reference is asked then
+PLAIN = ("sft", "grpo")  # whose rows show an answer; of answers that are drawn, the reference is asked then
 CODE_VERSION = 1  # raise it whenever the numbers come out otherwise
 
 Logprobs = dict[str, torch.Tensor]  # by the name of a split
@@ -61,10 +61,10 @@ def prepared(
     """
     data, keys = job.data, job.recipe.train
     for split in (data.train, data.eval):
-        if split.lengths and (split.preference is None) != (keys.objective in _PLAIN):
+        if split.lengths and (split.preference is None) != (keys.objective in PLAIN):
             what = f'train.objective = "{keys.objective}" does not learn from rows of this format'
             raise DataError(what, 'name the format: "preference" for pairs, "kto" for marked answers; others for "sft"')
-    if keys.objective in _PLAIN:
+    if keys.objective in PLAIN:
         return data
     data = judged(data, section, keys.objective)
     if not keys.needs_reference:
@@ -129,14 +129,22 @@ def as_it_began(job: Job) -> Iterator[bool]:
     elif disk.verify_folder(start) is not None:
         yield False
     else:
-        now = {key: parameter.detach().clone() for key, parameter in adapters.trainable(job.model).items()}
-        adapters.load_into(job.model, start)
-        try:
+        with afterwards_as_now(job.model):
+            adapters.load_into(job.model, start)
             yield True
-        finally:
-            with torch.no_grad():
-                for key, parameter in adapters.trainable(job.model).items():
-                    parameter.copy_(now[key])
+
+
+@contextmanager
+def afterwards_as_now(model: Any) -> Iterator[None]:
+    """Behind the block the adapters are what they were before it."""
+    trained = adapters.trainable(model)
+    now = {key: parameter.detach().clone() for key, parameter in trained.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, parameter in trained.items():
+                parameter.copy_(now[key])
 
 
 def _of_objective(split: PreparedSplit, section: DataSection, objective: str) -> PreparedSplit:

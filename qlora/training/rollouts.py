@@ -12,24 +12,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 
+import torch
+from torch import Tensor
+
 from qlora import files
 from qlora.data.layout import Layout
 from qlora.data.token_cache import Prompt
 from qlora.errors import DataError, RunFolderError
-from qlora.events import Notice, Progress, Sink
+from qlora.events import Notice, Sink
 from qlora.model import generate, sampled
 from qlora.recipe.sections import DataSection
 from qlora.reward_events import Rewarded
-from qlora.rewards.scoring import row_of
+from qlora.rewards.scoring import Rewards, row_of
 from qlora.saving import WRITE_ERRORS
 from qlora.starting_adapter import START
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 from qlora.step.group_relative import GroupObjective, Seen, advantages_of, at_temperature, without_signal
 from qlora.step.loss import Objective
-from qlora.training import preferences, reference
+from qlora.training import measuring, preferences, reference
 from qlora.training.answered import Answer, AnsweredBatches
 from qlora.training.checkpoint import RunState
+from qlora.training.dividing import Word
 from qlora.training.generations import FOLDER, Kept
+from qlora.training.processes import Partners
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
 from qlora.training.step_batches import Pack
@@ -40,12 +45,14 @@ JUDGED_QUESTIONS = (
 STEPS_WITHOUT_SIGNAL = 5  # in a row, after which that is said
 
 
-def of_run(job: Job, parts: CausalParts, objective: Objective, recovery: OomRecovery) -> Rollouts | None:
+def of_run(
+    job: Job, parts: CausalParts, objective: Objective, recovery: OomRecovery, partners: Partners
+) -> Rollouts | None:
     """Of an objective that draws answers; None of any other."""
     if not isinstance(objective, GroupObjective):
         return None
     parts = replace(parts, transform=at_temperature(parts.transform, job.recipe.train.temperature))
-    return Rollouts(job, parts, objective, recovery)
+    return Rollouts(job, parts, objective, recovery, partners)
 
 
 def emit(drawn: Rollouts | None, objective: Objective, step: int, sink: Sink) -> None:
@@ -57,15 +64,20 @@ def emit(drawn: Rollouts | None, objective: Objective, step: int, sink: Sink) ->
 
 
 class Rollouts:
-    """The answers that the step under way learns from; `parts` give log-probabilities at their temperature."""
+    """The answers that the step under way learns from; `parts` give log-probabilities at their temperature.
 
-    def __init__(self, job: Job, parts: CausalParts, objective: GroupObjective, recovery: OomRecovery) -> None:
-        assert job.rewards is not None
-        self.job, self.parts, self.objective, self.recovery = job, parts, objective, recovery
-        self.train, self.rewards = job.recipe.train, job.rewards
+    Of several processes each draws a part of them and looks at a part; process 0 alone judges, and hands them out.
+    """
+
+    def __init__(
+        self, job: Job, parts: CausalParts, objective: GroupObjective, recovery: OomRecovery, partners: Partners
+    ) -> None:
+        self.job, self.parts, self.objective = job, parts, objective
+        self.recovery, self.partners, self.train = recovery, partners, job.recipe.train
         wheres = job.data.train.wheres
         again = self.train.num_iterations > 1
-        self.kept = Kept(job.run_dir, self.rewards.names, self._text, wheres.__getitem__, again)
+        names = job.rewards.names if job.rewards else ()
+        self.kept = Kept(job.run_dir, names, self._text, wheres.__getitem__, again)
         self.prompt_of = lru_cache(maxsize=1024)(self._prompt_ids)
         self._held: tuple[int, Sequence[Answer]] | None = None  # the step that they were drawn for
         self._told: Rewarded | None = None
@@ -78,6 +90,11 @@ class Rollouts:
         layout = Layout.of_run(job.device)
         self.batches = AnsweredBatches.of(job.data.train, section, self.train, job.chat.pad_id, layout, of_rows)
         return self.batches
+
+    @property
+    def rewards(self) -> Rewards:
+        assert self.job.rewards is not None, "process 0 judges"
+        return self.job.rewards
 
     @property
     def answers(self) -> Sequence[Answer]:
@@ -101,24 +118,40 @@ class Rollouts:
                 found = self._judged(self._drawn(state.step + 1, first, [row for (row,) in packs]))
                 found = self._remembered(state.step + 1, found)
                 state = replace(state, answers=self._keep(first, found))
-        self._held = first, found
+        self.hold(first, found)
+        self.partners.hand(first, found)
         self._told = self._figures(found)
         return state
 
+    def hold(self, first: int, answers: Sequence[Answer]) -> None:
+        """These are the answers of the steps from `first` on, which is counted from 0."""
+        self._held = first, answers
+
     def _drawn(self, step: int, first: int, rows: Sequence[int]) -> list[Answer]:
+        def work() -> list[Answer]:
+            with self.partners.called({"do": "draw", "first": first, "rows": list(rows)}, self.recovery.settings):
+                return self.draw(first, rows)
+
+        return self.recovery.run_generation(step, work)
+
+    def draw(self, first: int, rows: Sequence[int]) -> list[Answer]:
+        """Answers to these rows for the step `first`: each batch of them is drawn by one process, and known to all."""
         asked = [(row, number) for row in rows for number in range(self.train.num_generations)]
         prompts = [self.prompt_of(row) for row, _ in asked]
-        names = [f"{self.train.seed}/{first}/{place}/answer" for place in range(len(asked))]
 
-        def work() -> list[sampled.Drawn]:
-            how = self._asked("draw answers")
-            return sampled.draw(self.job.model, prompts, names, self.train.temperature, how)
+        def drawn(members: Sequence[int], how: generate.Asked) -> list[list[float]]:
+            names = [f"{self.train.seed}/{first}/{place}/answer" for place in members]
+            texts = [prompts[place] for place in members]
+            found = sampled.draw(self.job.model, texts, names, self.train.temperature, how)
+            return [[one.ended, *one.token_ids, *one.logprobs] for one in found]
 
-        drawn, answers = self.recovery.run_generation(step, work), []
-        for (row, number), prompt, one in zip(asked, prompts, drawn, strict=True):
-            room = self.batches.room_beside(len(prompt))
-            ended = one.ended and len(one.token_ids) <= room
-            answers.append(Answer(row, number, prompt, one.token_ids[:room], ended, one.logprobs[:room]))
+        answers, how = [], self._asked("draw answers")
+        said = measuring.in_batches(prompts, how, self.partners, drawn)
+        for (row, number), prompt, (by_itself, *values) in zip(asked, prompts, said, strict=True):
+            count, room = len(values) // 2, self.batches.room_beside(len(prompt))
+            token_ids, logprobs = tuple(map(int, values[:count])), tuple(values[count:])
+            ended = bool(by_itself) and count <= room
+            answers.append(Answer(row, number, prompt, token_ids[:room], ended, logprobs[:room]))
         return answers
 
     def _judged(self, answers: Sequence[Answer]) -> list[Answer]:
@@ -134,25 +167,37 @@ class Rollouts:
         """With the log-probabilities that the objective compares with."""
         answers = list(answers)
         if self.train.num_iterations > 1:
-            found = self.recovery.run_forward(step, partial(self._logprobs, answers))
+            found = self.recovery.run_forward(step, partial(self._asked_again, answers, {"as_it_is": True}))
             answers = [replace(one, old=values) for one, values in zip(answers, found, strict=True)]
         if self.train.needs_reference:
             with reference.as_it_began(self.job) as known:
                 if not known:
                     what = f"{self.job.run_dir / START}: the adapter that the run compares with is gone or changed"
                     raise RunFolderError(what, "put it back to go on, or start anew with mode='fresh'")
-                found = self.recovery.run_forward(step, partial(self._logprobs, answers))
+                own_start = self.job.recipe.lora.from_adapter is not None  # it lies in process 0's folder
+                word = {"as_it_is": own_start, "weights": own_start}
+                found = self.recovery.run_forward(step, partial(self._asked_again, answers, word))
             answers = [replace(one, reference=values) for one, values in zip(answers, found, strict=True)]
         return answers
 
-    def _logprobs(self, answers: Sequence[Answer]) -> list[tuple[float, ...]]:
-        """Of each answer's tokens, as the step computes them; empty for answers that are not learned from."""
-        values: list[float] = []
+    def _asked_again(self, answers: Sequence[Answer], word: Word) -> list[tuple[float, ...]]:
+        """With the model as it is here; `word` says how the others have it so."""
+        with self.partners.called({"do": "recall", **word}, self.recovery.settings):
+            return self.logprobs(answers)
+
+    def logprobs(self, answers: Sequence[Answer]) -> list[tuple[float, ...]]:
+        """Of each answer's tokens, as the step computes them; empty for answers that are not learned from. Each
+        micro-batch is looked at by one process."""
+        micro = self.recovery.settings.micro_batch_size
+
+        def said(start: int) -> Tensor:
+            self.job.stop.check()
+            batch = self.batches.batch(answers[start : start + micro], micro)
+            return batch_logprobs(self.parts, batch.to(self.job.device)) if batch.trained_T.numel() else torch.empty(0)
+
         with evaluating(self.job.model):
-            for batch in self.batches.batches_of(answers, self.recovery.settings.micro_batch_size):
-                self.job.stop.check()
-                if batch.trained_T.numel():
-                    values += batch_logprobs(self.parts, batch.to(self.job.device)).tolist()
+            of_batches = self.partners.shared(range(0, len(answers), micro), said)
+        values = [value for one in of_batches for value in one.tolist()]
         found: list[tuple[float, ...]] = []
         start = 0
         for answer in answers:
@@ -208,20 +253,22 @@ class Rollouts:
         """What greedy answers to the first questions of the evaluation rows are worth; None where none is asked."""
         if not self._questions:
             return None
-        prompts, ids = zip(*self._questions, strict=True)
-        limit = self.train.max_completion_length
 
         def work() -> list[list[int]]:
-            how = self._asked("answer")
-            rest = (how.ends, limit, how.pad_id, how.batch_size, how.watch)
-            return generate.greedy(self.job.model, ids, *rest)
+            with self.partners.called({"do": "judge"}, self.recovery.settings):
+                return self.answer_questions()
 
         answers = self.recovery.run_generation(step, work)
-        scores = self._scores([self._text(answer) for answer in answers], prompts)
-        cut = [len(answer) == limit for answer in answers]
+        scores = self._scores([self._text(answer) for answer in answers], [prompt for prompt, _ in self._questions])
+        cut = [len(answer) == self.train.max_completion_length for answer in answers]
         tokens = [len(answer) + (not short) for answer, short in zip(answers, cut, strict=True)]
         told = self._told_of(list(zip(*scores, strict=True)), self.rewards.total(scores), tokens)
         return replace(told, step=step, evaluated=True, cut=sum(cut) / len(cut))
+
+    def answer_questions(self) -> list[list[int]]:
+        """Greedy answers to them, of all processes."""
+        ids = [ids for _, ids in self._questions]
+        return measuring.greedy(self.job.model, ids, self._asked("answer"), self.partners)
 
     @cached_property
     def _questions(self) -> list[tuple[Prompt, tuple[int, ...]]]:
@@ -237,14 +284,9 @@ class Rollouts:
     # --- words and tokens ----------------------------------------------------------------------------------------
 
     def _asked(self, task: str) -> generate.Asked:
-        chat = self.job.chat
-
-        def watch(done: int, total: int) -> None:
-            self.job.stop.check()
-            self.job.sink.emit(Progress(task, done, total, "tokens"))
-
+        told = measuring.Told(self.job.stop.check, self.job.sink)
         at_once = self.recovery.settings.answers_at_once
-        return generate.Asked(chat.end_token_ids, self.train.max_completion_length, chat.pad_id, at_once, watch)
+        return measuring.asked_of(self.job.chat, self.train.max_completion_length, at_once, told, task)
 
     def _scores(self, completions: Sequence[str], prompts: Sequence[Prompt]) -> list[list[float]]:
         texts, rows = zip(*(row_of(one.messages, one.expected, one.columns) for one in prompts), strict=True)

@@ -12,7 +12,6 @@ from qlora.cli import together
 from qlora.errors import HardwareError
 from qlora.processes import Place
 from qlora.stop import StopRequest
-from qlora.training import processes
 from tests import together as several
 from tests.runs import run_dir, write_recipe
 
@@ -27,13 +26,12 @@ def test_what_is_one_process_s_work_is_refused(wanted: str) -> None:
 
 
 def test_a_recipe_that_they_cannot_train_is_refused_once(tmp_path: Path) -> None:
-    def hook() -> None:
-        processes.SHARED_OBJECTIVES = ()  # type: ignore[assignment]
-
     recipe = write_recipe(tmp_path, tmp_path / "no-base")
-    ended = several.train(recipe, 2, hooks={0: hook})
+    with recipe.open("a") as file:
+        file.write('[[data.documents]]\npath = "manuals"\n')
+    ended = several.train(recipe, 2, "memory.shard_weights=true")
     assert ended.codes == [2, 0] and ended.said[1] == "", ended.said
-    assert "not built for several processes" in ended.said[0] and len(ended.said[0].splitlines()) == 2
+    assert "not built with documents" in ended.said[0] and len(ended.said[0].splitlines()) == 2
     assert not run_dir(recipe).exists()
 
 

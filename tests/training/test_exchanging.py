@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from qlora.errors import TrainingStopped
+from qlora.objective_keys import ObjectiveKeys
 from qlora.processes import Place
-from qlora.step.objectives import Figures
+from qlora.step.objectives import objective_of
 from qlora.training.dividing import FINE
-from qlora.training.exchanging import add_up, bytes_of_step, copy_weights, shown
+from qlora.training.exchanging import Sums, add_up, bytes_of_step, copy_weights, shown
 from tests.training.cases import optimizer
 from tests.training.wires import Wire
 
@@ -25,18 +26,22 @@ def test_weights_are_compared_now_and_then() -> None:
     shown(wire, optimizer(), FINE, 201)
 
 
-@pytest.mark.parametrize("judged", [False, True])
-def test_a_step_adds_up_as_many_bytes_as_is_said(judged: bool) -> None:
-    """Process 1 adds ones; a process that had no micro-batch of pairs has seen nothing, and adds zeros."""
+@pytest.mark.parametrize(("objective", "width"), [("sft", 0), ("dpo", 9), ("grpo", 4)])
+def test_a_step_adds_up_as_many_bytes_as_is_said(objective: Any, width: int) -> None:
+    """Process 1 adds ones; a process that had no micro-batch has seen nothing, and adds zeros."""
     made, wire, losses = optimizer(), Wire(), torch.zeros(5)
-    seen = [torch.ones(len(Figures._fields), dtype=torch.float64)] * 2 if judged else None
-    add_up(wire, made, losses, torch.ones(4, dtype=torch.int64), seen)
-    assert sum(values.nbytes for values in wire.added) == bytes_of_step(made, 5, seen)
+    sums = Sums.of(objective_of(ObjectiveKeys(objective=objective)))
+    assert (sums is None) == (not width)
+    for _ in range(2 if sums else 0):
+        assert sums is not None
+        sums.seen.append(torch.ones(width, dtype=torch.float64))
+    add_up(wire, made, losses, torch.ones(4, dtype=torch.int64), sums)
+    assert sum(values.nbytes for values in wire.added) == bytes_of_step(made, 5, sums)
     assert losses.tolist() == [1.0] * 5
-    assert seen is None or [one.tolist() for one in seen] == [[3.0] * len(Figures._fields)]
-    nothing: list[Tensor] = []
+    assert sums is None or [one.tolist() for one in sums.seen] == [[3.0] * width]
+    nothing = Sums([], 3)
     add_up(wire, made, losses, torch.ones(4, dtype=torch.int64), nothing)
-    assert [one.tolist() for one in nothing] == [[1.0] * len(Figures._fields)]
+    assert [one.tolist() for one in nothing.seen] == [[1.0] * 3]
 
 
 class Copied:

@@ -122,9 +122,11 @@ def test_a_failure_there_is_named_and_what_is_done_is_saved(code: int, error: ty
 
 
 def test_what_is_not_built_is_refused_by_name(tmp_path: Path) -> None:
-    recipe = load_recipe(write_recipe(tmp_path, tmp_path / "base"))
-    for built in processes.SHARED_OBJECTIVES:
-        processes.refuse_unbuilt(load_recipe(tmp_path / "tiny.toml", [f"train.objective={built!r}"]))
-    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"objective": "another"})})
-    with pytest.raises(RecipeError, match='"another": not built for several processes'):
-        processes.refuse_unbuilt(other)
+    path = write_recipe(tmp_path, tmp_path / "base")
+    shards = "memory.shard_weights=true"
+    processes.refuse_unbuilt(load_recipe(path, [shards]))
+    with path.open("a") as file:
+        file.write('[[data.documents]]\npath = "manuals"\n')
+    processes.refuse_unbuilt(load_recipe(path))
+    with pytest.raises(RecipeError, match="not built with documents"):
+        processes.refuse_unbuilt(load_recipe(path, [shards]))
