@@ -153,13 +153,16 @@ def test_memory_that_runs_out_in_drawing_halves_what_is_drawn_at_once(
     monkeypatch.setattr(rollouts.sampled, "draw", failing(real, 1, error))
     train(recipes[1], *some, stop_after=2)
     seen: list[int] = []
+    drawn: list[str] = []
 
     def watching(model: Any, prompts: Any, names: Any, temperature: float, asked: Any) -> Any:
         seen.append(asked.batch_size)
+        drawn.extend(names)
         return real(model, prompts, names, temperature, asked)
 
     monkeypatch.setattr(rollouts.sampled, "draw", watching)
     train(recipes[1], *some, mode="resume")
+    assert sorted(drawn) == [f"42/2/{place}/answer" for place in range(8)]  # by seed, step and place in the step
     assert seen == [4, 4] and hashes(recipes[0], 3) == hashes(recipes[1], 3)
 
 

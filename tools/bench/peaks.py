@@ -48,8 +48,11 @@ CARDS = {
     "T4": (75, 16),
     "A100": (80, 40),
     "A100 80GB": (80, 80),
+    "RTX 4080": (89, 16),
     "RTX 4090": (89, 24),
     "H100": (90, 80),
+    "RTX 5060 Laptop": (120, 8),
+    "RTX 5060 Ti": (120, 16),
     "RTX PRO 6000": (120, 96),
 }
 F32, BF16 = torch.float32, torch.bfloat16
@@ -72,6 +75,12 @@ STACKS: Mapping[str, Mapping[str, Any]] = {
     # with 4.32 and peft 0.5, asked for bf16; Qwen's own model leaves its logits as they are. peft 0.6 gave adapters the
     # base's type
     "trainer 4.32, 16 bit": {**_TRAINER, "loss": "shifted, then float", "autocast": True},
+    # the same in float32: transformers 5 takes the loss of logits as they are; recomputation by peft's default and not
+    "peft loop, float32": {"dtype": F32, "adapter_dtype": F32, "keeps_logits": True, "reentrant": True},
+    "peft loop, float32, not reentrant": {"dtype": F32, "adapter_dtype": F32, "keeps_logits": True},
+    # over a base in bf16, whose logits the loss takes to float32; and under autocast over a quantized one
+    "peft loop, bf16": {"dtype": BF16, "adapter_dtype": F32, "keeps_logits": True},
+    "peft loop, autocast": {"dtype": F32, "adapter_dtype": F32, "keeps_logits": True, "autocast": True},
     # a loop of one's own over peft: a bf16 base, adapters in float32, the loss of bf16 logits
     "bf16 loop": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted as they are"},
     # and over a quantized base that peft prepared: all that is not in 4 bit in float32
