@@ -48,12 +48,16 @@ class Baseline:
 
         Returns the bytes of what was there before: the allocator keeps their blocks.
         """
+        model.tie_weights()
         before = []
+        cast: dict[nn.Parameter, nn.Parameter] = {}  # a head that is tied is cast once, with its embeddings
         for module in model.modules() if quantized else ():
             for name, parameter in module._parameters.items():
                 if parameter is not None and type(module).__name__ != "Linear4bit" and parameter.dtype != self.dtype:
-                    before.append(parameter.nbytes)
-                    module._parameters[name] = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
+                    if parameter not in cast:
+                        before.append(parameter.nbytes)
+                        cast[parameter] = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
+                    module._parameters[name] = cast[parameter]
         model.tie_weights()
         return before
 

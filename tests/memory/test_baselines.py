@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.events import Recorder
 from qlora.memory.baselines import BASELINES, Baseline
@@ -42,6 +43,20 @@ def test_the_plain_stack_shows_what_our_settings_save(tmp_path: Path) -> None:
     assert plain.components["logits"] > 3.4 * 4096 * 128_256 * 4 and ours.components["logits"] < GIB / 2
     assert plain.peak_bytes > 1.8 * ours.peak_bytes
     assert any("plain" in note for note in plain.notes)
+
+
+def test_a_head_that_is_tied_is_cast_once() -> None:
+    """As peft does it, which walks over parameters; drawn without weights, head and embeddings are two."""
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.tie_word_embeddings = True
+    with torch.device("meta"):
+        drawn: Any = LlamaForCausalLM(config).bfloat16()
+        drawn.lm_head.weight = torch.nn.Parameter(torch.empty(96, 16, dtype=torch.bfloat16), requires_grad=False)
+    before = Baseline("plain", dtype=torch.float32).settle(drawn, quantized=True)
+    assert before.count(96 * 16 * 2) == 1
+    assert drawn.lm_head.weight is drawn.model.embed_tokens.weight and drawn.lm_head.weight.dtype == torch.float32
 
 
 @pytest.fixture(scope="module")

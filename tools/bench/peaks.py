@@ -76,10 +76,16 @@ STACKS: Mapping[str, Mapping[str, Any]] = {
     # base's type
     "trainer 4.32, 16 bit": {**_TRAINER, "loss": "shifted, then float", "autocast": True},
     # the same in float32: transformers 5 takes the loss of logits as they are; recomputation by peft's default and not
-    "peft loop, float32": {"dtype": F32, "adapter_dtype": F32, "keeps_logits": True, "reentrant": True},
+    "peft loop, float32": {
+        "dtype": F32,
+        "adapter_dtype": F32,
+        "keeps_logits": True,
+        "holds_output": True,
+        "reentrant": True,
+    },
     "peft loop, float32, not reentrant": {"dtype": F32, "adapter_dtype": F32, "keeps_logits": True},
     # over a base in bf16, whose logits the loss takes to float32; and under autocast over a quantized one
-    "peft loop, bf16": {"dtype": BF16, "adapter_dtype": F32, "keeps_logits": True},
+    "peft loop, bf16": {"dtype": BF16, "adapter_dtype": F32, "keeps_logits": True, "holds_output": True},
     "peft loop, autocast": {"dtype": F32, "adapter_dtype": F32, "keeps_logits": True, "autocast": True},
     # a loop of one's own over peft: a bf16 base, adapters in float32, the loss of bf16 logits
     "bf16 loop": {"dtype": BF16, "adapter_dtype": F32, "loss": "shifted as they are"},

@@ -59,8 +59,9 @@ class Stack(Baseline):
     attention chooses. `half`: computes in float16, and a base that is not quantized is held in it. `loss` is one of
     `LOSSES` where it is not transformers' own; `float_logits`: the model itself gives them in float32. `keeps_inputs`:
     bitsandbytes of early 2024 keeps the input of each 4-bit layer as an attribute of its node (`ctx.tensors`), where
-    recomputation cannot drop it. `casts_back`: what is not in 4 bit was cast to float32, and embeddings and head back
-    again, before the first step.
+    recomputation cannot drop it. `holds_output`: the loop's variable has the last step's output, logits among it, until
+    the next forward pass has returned another. `casts_back`: what is not in 4 bit was cast to float32, and embeddings
+    and head back again, before the first step.
     """
 
     chunked_loss: bool = False
@@ -69,6 +70,7 @@ class Stack(Baseline):
     loss: str | None = None
     float_logits: bool = False
     keeps_inputs: bool = False
+    holds_output: bool = False
     casts_back: bool = False
     reentrant: bool = False
     norms: torch.dtype | None = None
@@ -87,6 +89,18 @@ class Stack(Baseline):
                 return layer(*given)
 
         return checkpoint(computed, *inputs, use_reentrant=True, preserve_rng_state=False)
+
+    def forward_backward(self, parts: CausalParts, batch: Batch, neftune_alpha: float) -> None:
+        if not self.holds_output:
+            super().forward_backward(parts, batch, neftune_alpha)
+            return
+        loss, output = self._whole_loss(parts, batch, neftune_alpha)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in parts.trunk.parameters():
+            parameter.grad = None
+        loss, output = self._whole_loss(parts, batch, neftune_alpha)
+        loss.backward()  # type: ignore[no-untyped-call]
+        del output
 
     def loss_of(self, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         return LOSSES[self.loss](logits_TV, targets_T) if self.loss else super().loss_of(logits_TV, targets_T)
