@@ -269,9 +269,9 @@ def _differs(model: Any, kernel: str, names: tuple[str, str], device: torch.devi
     batch = trial_batch(int(config.vocab_size), lengths).to(device)
     named = {"position_ids": batch.position_ids_BS, "attention_mask": None, "use_cache": False}
     with foreign_failures(trial=True) as failure, torch.no_grad(), in_forward(batch):
-        with _attending(model, names[0]):
+        with attending(model, names[0]):
             right = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state
-        with _attending(model, names[1]):
+        with attending(model, names[1]):
             found = model.base_model(input_ids=batch.input_ids_BS, **named).last_hidden_state
         worst = _relative(found, right)
     if failure.error:
@@ -280,7 +280,8 @@ def _differs(model: Any, kernel: str, names: tuple[str, str], device: torch.devi
 
 
 @contextmanager
-def _attending(model: Any, name: str) -> Iterator[None]:
+def attending(model: Any, name: str) -> Iterator[None]:
+    """Inside the block the model attends by the implementation of that name, as transformers has it."""
     before = today(model)
     model.config._attn_implementation = name
     try:

@@ -21,26 +21,30 @@ from qlora.data.loader import collate
 from qlora.data.prepare import PreparedSplit
 from qlora.data.short_rows import two_short_rows
 from qlora.device import random_state_kept, release_memory
-from qlora.errors import DoesNotFit, ModelError
-from qlora.model import full_logits, precision
+from qlora.errors import DoesNotFit, ModelError, foreign_failures
+from qlora.model import attention_choice, full_logits, precision
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.training.recovery import attempt
 
-# Mean absolute difference of log-probabilities, nats. 4-bit weights and bf16 kernels of different shapes differ by
-# 0.003 to 0.02 on tiny and real models; two and a half times that is no noise. Recurrent layers leak 0.004 to 0.046, a
-# cap may change 0.011: none of that is found here, which is why it is known before.
-TOLERANCE = 0.05
+# Mean absolute difference of log-probabilities, nats. Up to it nothing more is asked: 4-bit weights and bf16 kernels of
+# different shapes differ by 0.003 to 0.04 on tiny and real models. On rows that a model finds unlikely it is more: a
+# right kernel of a base of 135M is 0.074 off on words in any order, and the model's own two attentions 0.092. So what
+# is over it is compared with those two: up to NOISE times their difference is rounding. Recurrent layers leak 0.004 to
+# 0.046, a cap may change 0.011: none of that is found here, which is why it is known before.
+TOLERANCE, NOISE = 0.05, 2.0
 # Of a row: the beginning of a row is a row. Where even its logits have no room, fewer are asked about.
 TOKENS_PER_ROW = (full_logits.TOKENS, full_logits.TOKENS // 4, full_logits.TOKENS // 16)
 
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """Differences in nats: `head` of our loss on single rows, `leak` of packed rows, against the model's own."""
+    """Differences in nats: `head` of our loss on single rows, `leak` of packed rows, against the model's own; `noise`
+    of its own in another attention, where that was asked."""
 
     head: float
     leak: float
+    noise: float = 0.0
 
     @property
     def leak_message(self) -> str:
@@ -73,11 +77,22 @@ def _compare(causal_lm: Any, parts: CausalParts, rows: PreparedSplit, device: to
         packed = _ours(parts, rows, (0, 1), device)
     if precision.of_run() == torch.float16:
         precision.refuse_overflow(causal_lm.name_or_path, torch.cat((reference, alone, packed)))
-    return SelfCheck(head=float((alone - reference).abs().mean()), leak=float((packed - reference).abs().mean()))
+    head, leak = (float((one - reference).abs().mean()) for one in (alone, packed))
+    noise = 0.0 if head <= TOLERANCE else _noise(causal_lm, rows, reference, device)
+    return SelfCheck(head, leak, noise)
+
+
+def _noise(causal_lm: Any, rows: PreparedSplit, reference: Tensor, device: torch.device) -> float:
+    """How far the model's own forward is from `reference`, which is its own too, with another of its attentions; 0
+    where it has no other."""
+    other = "eager" if attention_choice.today(causal_lm) != "eager" else "sdpa"
+    with foreign_failures(trial=True) as failure, evaluating(causal_lm), attention_choice.attending(causal_lm, other):
+        again = torch.cat([_own_logprobs(causal_lm, rows, row, device) for row in (0, 1)])
+    return 0.0 if failure.error else float((again - reference).abs().mean())
 
 
 def _checked(check: SelfCheck) -> SelfCheck:
-    if not check.head <= TOLERANCE:
+    if not check.head <= max(TOLERANCE, NOISE * check.noise):
         raise ModelError(
             f"this architecture's loss cannot be computed in chunks: it differs from the model's own by "
             f"{check.head:.3f} nats a token (its forward does something after the head that is not known here)",
