@@ -9,7 +9,7 @@ What passes none keeps the mask. A CPU takes the documents one by one, but for m
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -277,6 +277,14 @@ def _differs(model: Any, kernel: str, names: tuple[str, str], device: torch.devi
     if failure.error:
         return f"{kernel}: its layers don't hand documents on ({failure.reason[:120]})"
     return "" if worst <= MODEL_TOLERANCE else f"{kernel}: the model's hidden states differ by {worst:.2f}"
+
+
+def in_another(model: Any, work: Callable[[], Tensor]) -> Tensor | None:
+    """What `work` gives where the model attends by another of transformers' own implementations than now; None where
+    that fails."""
+    with foreign_failures(trial=True) as failure, attending(model, "sdpa" if today(model) == "eager" else "eager"):
+        found = work()
+    return None if failure.error else found
 
 
 @contextmanager
