@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qlora import files
+from qlora.batch import Batch
 from qlora.data.layout import Layout
 from qlora.data.token_cache import Prompt
 from qlora.errors import DataError, RunFolderError
@@ -188,16 +189,14 @@ class Rollouts:
     def logprobs(self, answers: Sequence[Answer]) -> list[tuple[float, ...]]:
         """Of each answer's tokens, as the step computes them; empty for answers that are not learned from. Each
         micro-batch is looked at by one process."""
-        micro = self.recovery.settings.micro_batch_size
 
-        def said(start: int) -> Tensor:
+        def said(batch: Batch) -> Tensor:
             self.job.stop.check()
-            batch = self.batches.batch(answers[start : start + micro], micro)
             return batch_logprobs(self.parts, batch.to(self.job.device)) if batch.trained_T.numel() else torch.empty(0)
 
         with evaluating(self.job.model):
-            of_batches = self.partners.shared(range(0, len(answers), micro), said)
-        values = [value for one in of_batches for value in one.tolist()]
+            batches = self.batches.batches_of(answers, self.recovery.settings.micro_batch_size)
+            values = [value for one in self.partners.shared(batches, said) for value in one.tolist()]
         found: list[tuple[float, ...]] = []
         start = 0
         for answer in answers:

@@ -60,7 +60,7 @@ def runs_out_drawing() -> None:
 
 @pytest.mark.slow
 def test_two_processes_draw_judge_and_end_as_one_does(tmp_path: Path, llama: Path, alone: Path) -> None:
-    """Two drawings with two steps on each, KL to the reference, dropout and a temperature; ten of ten files agree."""
+    """Two drawings, two steps on each, KL, dropout and a temperature; the first drawing is the same file."""
     some = write_recipe(tmp_path, llama)
     ended = train(some, 2, *SHARED, LETTERS)
     assert ended.codes == [0, 0] and ended.said[1] == "", ended.said
