@@ -158,8 +158,8 @@ LINES = {
             "selfcheck",
             "health",
         ),
-        *("step_batches", "best_adapter", "setup", "reference", "ending", "answered", "generations", "rollouts"),
-        *("rows_of_run", "handing", "exchanging", "sharing", "words", "channel", "processes", "loop", "follower"),
+        *("step_batches", "best_adapter", "setup", "reference", "ending", "answered", "generations", "handing"),
+        *("exchanging", "sharing", "words", "channel", "processes", "rollouts", "rows_of_run", "loop", "follower"),
     ],
     "export": [
         *(

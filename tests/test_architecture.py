@@ -110,7 +110,7 @@ FOREIGN = [
     *("data/render_worker.py", "data/token_cache.py"),
     *("doctor/caches.py", "doctor/checkup.py", "doctor/checkup.py", "doctor/stages.py"),
     *("export/gguf/vocab.py", "export/verify/plain_open.py", "hub.py", "hub_calls.py", "memory/question.py"),
-    *("model/adapters.py", "model/attention_choice.py", "model/attention_choice.py", "model/compiled.py"),
+    *("model/adapters.py", *["model/attention_choice.py"] * 3, "model/compiled.py"),
     *("model/family_facts.py", "model/family_facts.py", "model/linear_use.py"),
     *("model/lora_structure.py", "model/lora_structure.py", "model/lora_structure.py"),
     *("model/meta_model.py", "model/meta_model.py", "model/mixtures.py", "model/mixtures.py", "model/nf4.py"),

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from qlora.data.prepare import NO_ROWS
 from qlora.model.load import load_base
@@ -24,6 +23,7 @@ from tests.sampling import sampled
 from tests.together import apart, events, stops_after, train
 from tests.training.cases import DOCUMENT_KEYS, script, write_manuals
 from tests.training.preference_cases import write_recipe
+from tests.training.wires import Held
 
 LOADED = load_base  # what a run imports lies in this process, from which its processes are forked
 PAIRS = (
@@ -87,19 +87,6 @@ def test_a_run_of_pairs_goes_on_with_another_number_of_them(tmp_path: Path, llam
     assert train(some, 4, *PAIRS, from_it, flag="--resume").codes == [0] * 4
     assert apart(one, some, 3) <= 1e-6
     assert any("answers read from" in event["message"] for event in events(some, "notice"))
-
-
-class Held:
-    """A channel that keeps what is copied, and gives it again."""
-
-    def __init__(self) -> None:
-        self.place, self.held = Place(0, 2, 0, 2), list[Tensor]()
-
-    def copy(self, values: Tensor) -> None:
-        if self.place.rank:
-            values.copy_(self.held.pop(0))
-        else:
-            self.held.append(values.clone())
 
 
 def learnt() -> Learnt:

@@ -17,7 +17,7 @@ from tests.rewards.cases import function_of
 from tests.runs import run_dir
 from tests.together import Hook, apart, events, stops_after, train
 from tests.training.grpo_cases import KEYS, kept, lines, write_recipe
-from tests.training.test_handing import Held
+from tests.training.wires import Held
 
 LOADED = load_base  # what a run imports lies in this process, from which its processes are forked
 SHARED = (

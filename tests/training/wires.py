@@ -1,4 +1,4 @@
-"""A channel to another process of a run, which is made here."""
+"""Channels to another process of a run, which are made here."""
 
 from __future__ import annotations
 
@@ -45,3 +45,16 @@ class Wire:
 
     def close(self) -> None:
         self.is_open = False
+
+
+class Held:
+    """A channel that keeps what is copied, and gives it again."""
+
+    def __init__(self) -> None:
+        self.place, self.held = Place(0, 2, 0, 2), list[Tensor]()
+
+    def copy(self, values: Tensor) -> None:
+        if self.place.rank:
+            values.copy_(self.held.pop(0))
+        else:
+            self.held.append(values.clone())
