@@ -52,7 +52,6 @@ from qlora.training.best_adapter import BestAdapter
 from qlora.training.checkpoint import Checkpoint, Checkpointer, RunState, at_step
 from qlora.training.ending import ended, step_done
 from qlora.training.evaluate import with_evaluation
-from qlora.training.exchanging import Sums
 from qlora.training.memory_plan import MemorySettings
 from qlora.training.recovery import OomRecovery
 from qlora.training.setup import Job
@@ -106,7 +105,7 @@ class Training:
         memory = replace(job.memory, may_move=weight_moving.movable(self.causal_lm, recipe.memory, job.device))
         self.recovery = OomRecovery(memory, job.device, job.sink, self._apply, partial(reset, self.causal_lm))
         self.pool = offload.Pool(job.device)
-        self.partners = processes.of_run(self.optimizer, job.stop, self.keep, Sums.of(self.objective))
+        self.partners = processes.of_run(self.optimizer, job.stop, self.keep, self.objective)
         self.rollouts = rollouts.of_run(job, self.parts, self.objective, self.recovery, self.partners)
         self._use_rows(recipe.data)
         self.ahead = Ahead(self._micro_batches)

@@ -28,6 +28,7 @@ from qlora.errors import DoesNotFit, Problem, RecipeError, TrainingStopped
 from qlora.events import Notice, Sinks
 from qlora.recipe.reading import Recipe
 from qlora.recipe.sections import DataSection
+from qlora.step.loss import Objective
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.stop import StopAsked, StopRequest
 from qlora.training import dividing, exchanging, handing, reference
@@ -333,11 +334,9 @@ def _begin_early(channel: Channel, job: Job) -> None:
     channel.has_begun = True
 
 
-def of_run(
-    optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None], sums: Sums | None = None
-) -> Partners:
-    """The partners of the run that is under way; `keep` saves its last completed step, `sums` are the objective's."""
+def of_run(optimizer: AdapterOptimizer, stop: StopRequest, keep: Callable[[], None], objective: Objective) -> Partners:
+    """The partners of the run that is under way, of whose objective each sees a part; `keep` saves its last step."""
     channel = _CHANNEL.get()
     if channel is None:
         return Partners()
-    return Follower(channel) if channel.place.rank else Leader(channel, optimizer, stop, keep, sums)
+    return Follower(channel) if channel.place.rank else Leader(channel, optimizer, stop, keep, Sums.of(objective))

@@ -12,6 +12,7 @@ from qlora.dealing import Cut
 from qlora.errors import DoesNotFit, RecipeError, TrainingStopped
 from qlora.events import Recorder
 from qlora.recipe.reading import load_recipe, recipe_of_base
+from qlora.step.loss import SupervisedObjective
 from qlora.stop import StopAsked, StopRequest
 from qlora.training import processes
 from qlora.training.checkpoint import RunState
@@ -40,7 +41,7 @@ def losses(_: Cut | None = None) -> list[Tensor]:
 
 def test_alone_there_is_nobody_to_wait_for() -> None:
     made = optimizer()
-    alone = processes.of_run(made, StopRequest(), lambda: None)
+    alone = processes.of_run(made, StopRequest(), lambda: None, SupervisedObjective())
     assert type(alone) is Partners and alone.mine(0) and alone.mine(7)
     assert alone.gather(RunState(), LENGTHS, SETTINGS, losses) == losses()
     alone.update(1e-3)
