@@ -125,14 +125,14 @@ def open_to_read(path: Path, max_bytes: int | None = None) -> BufferedReader:
 
     Raises UnsafePathError for a link, a pipe, a device, a folder or more than `max_bytes`; OSError as open does.
     """
-    handle = _open(path, os.O_RDONLY | _NO_WAIT)
+    file = _file_at(path, os.O_RDONLY | _NO_WAIT, "r")
     try:
-        size = _regular(handle, path).st_size
+        size = _regular(file.fileno(), path).st_size
         if max_bytes is not None and size > max_bytes:
             raise UnsafePathError(f"{path}: {size:,} bytes are too many for a file of its kind (at most {max_bytes:,})")
-        return os.fdopen(handle, "rb")
+        return BufferedReader(file)
     except BaseException:
-        os.close(handle)
+        file.close()
         raise
 
 
@@ -161,15 +161,15 @@ def open_to_write(path: Path, way: WayToWrite, permissions: int = 0o644) -> File
     there, and so does "existing", which makes no file. Raises UnsafePathError for a link, a second name of another file
     (a hard link), and what is no regular file; OSError as open does.
     """
-    handle = _open(path, _WAYS_TO_WRITE[way] | _NO_WAIT, permissions)
+    file = _file_at(path, _WAYS_TO_WRITE[way] | _NO_WAIT, _MODES[way], permissions)
     try:
-        if _regular(handle, path).st_nlink > 1:
+        if _regular(file.fileno(), path).st_nlink > 1:
             raise UnsafePathError(f"{path} is a second name of another file, and nothing is written through one")
         if way == "replace":
-            os.ftruncate(handle, 0)
-        return FileIO(handle, _MODES[way])
+            os.ftruncate(file.fileno(), 0)
+        return file
     except BaseException:
-        os.close(handle)
+        file.close()
         raise
 
 
@@ -215,7 +215,16 @@ def _is_private(group: int) -> bool:
     return entry.gr_name == user.pw_name and group == user.pw_gid and not set(entry.gr_mem) - {user.pw_name}
 
 
-def _open(path: Path, flags: int, permissions: int = 0o600) -> int:
+def _file_at(path: Path, flags: int, mode: str, permissions: int = 0o600) -> FileIO:
+    """What `_open` opens, as the file that alone owns its number: where Ctrl-C ends what opens it, it is closed once. A
+    number that is closed a second time may be another thread's file by then."""
+    try:
+        return FileIO(path, mode, opener=lambda *_: _open(path, flags, permissions))
+    except IsADirectoryError as error:
+        raise UnsafePathError(f"{path} is not a regular file") from error
+
+
+def _open(path: Path, flags: int, permissions: int) -> int:
     before = None
     if not _NO_FOLLOW:
         if is_link(path):

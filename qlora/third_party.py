@@ -77,9 +77,9 @@ def unprinted_panics() -> Iterator[None]:
     except OSError:  # the process has no such descriptor
         yield
         return
-    os.dup2(nowhere, 2)
-    os.close(nowhere)
     try:
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
         yield
     finally:
         os.dup2(kept, 2)

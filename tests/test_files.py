@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
+from collections.abc import Callable
+from io import IOBase
 from pathlib import Path
 
 import pytest
@@ -90,6 +94,35 @@ def test_ways_to_write(tmp_path: Path) -> None:
         with files.open_to_write(file, way) as stream:  # type: ignore[arg-type]
             stream.write(b"ab" if way == "new" else b"cd")
         assert file.read_bytes() == content
+
+
+OPENINGS: dict[str, Callable[[Path], IOBase]] = {
+    "read": files.open_to_read,
+    "replace": lambda file: files.open_to_write(file, "replace"),
+}
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no such timer")
+@pytest.mark.parametrize("way", OPENINGS)
+def test_ctrl_c_while_a_file_is_opened_closes_its_number_once(way: str, tmp_path: Path) -> None:
+    """Some hundred times, at any moment: closed twice, the number is perhaps another thread's file by then."""
+    file, chance = tmp_path / "file", random.Random(5)
+    file.write_bytes(b"x")
+    opened = interrupted = 0
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        while opened < 4000:
+            try:
+                while opened < 4000:
+                    opened += 1
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 6e-5))
+                    OPENINGS[way](file).close()
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:  # and no error of a number that is closed already
+                interrupted += 1
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100
 
 
 def test_links_between_a_folder_and_a_file_in_it(tmp_path: Path) -> None:

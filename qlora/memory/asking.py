@@ -1,7 +1,8 @@
-"""What a study and an exam take: prompts that begin alike, their keys and values once a row, and scored answers.
+"""What a study, an exam and a drawing take: prompts that begin alike, keys and values once a row, and scored answers.
 
-As `study/generation.py` does it, on meta: the shared beginning of one row is kept beside its copies, the rest of every
-row is read at once, and each token more has its keys and values laid out anew, a layer at a time.
+As `study/generation.py` does it: the shared beginning of one row is kept beside its copies, the rest of every row is
+read at once, and each token more has its keys and values laid out anew, a layer at a time. The estimate computes it on
+meta; a run that draws answers does the same once, where its model is, before it begins.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from qlora.model.generate import forward_parameters, keeps_keys_alone, name_of_cache
 from qlora.model.sampled import chosen_of
+from qlora.model.weight_receiving import device_of
 
-META = torch.device("meta")
 LIKELIEST = 64  # of a token's log-probabilities that are looked at
 TEMPERATURE = 0.5  # any: what is divided takes as much
 
@@ -58,7 +59,7 @@ def most_rows(asks: Asks) -> int:
 
 
 def ask(model: Any, asked: Asked) -> None:
-    """Computes one batch; `model` is on meta, in evaluation mode, without gradients."""
+    """Computes one batch of any tokens; `model` is in evaluation mode, without gradients."""
     alone = name_of_cache(model) == "state"  # a recurrent state reads padding: row by row
     if alone:
         asked = asked._replace(rows=1, shared=0, own=asked.shared + asked.own)
@@ -109,7 +110,7 @@ def _kept(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _next(logits_BSV: Tensor, asked: Asked) -> None:
     if asked.drawn:
-        numbers_B1 = torch.empty(asked.rows, 1, dtype=torch.int64, device=META)
+        numbers_B1 = torch.zeros(asked.rows, 1, dtype=torch.int64, device=logits_BSV.device)
         chosen_of(logits_BSV[:, -1], numbers_B1, TEMPERATURE)
         return
     logprobs_BV = logits_BSV[:, -1].float().log_softmax(dim=-1)
@@ -118,8 +119,8 @@ def _next(logits_BSV: Tensor, asked: Asked) -> None:
 
 def _read(model: Any, rows: int, tokens: int, seen: int, cache: Any, kept: int) -> Any:
     """`tokens` new ones of each row, `seen` with those of the cache; logits of the last `kept` where it can be said."""
-    ids_BS = torch.zeros(rows, tokens, dtype=torch.int64, device=META)
-    mask_BS = torch.ones(rows, seen, dtype=torch.int64, device=META)
+    ids_BS = torch.zeros(rows, tokens, dtype=torch.int64, device=device_of(model))
+    mask_BS = torch.ones(rows, seen, dtype=torch.int64, device=ids_BS.device)
     last = {"logits_to_keep": kept} if "logits_to_keep" in forward_parameters(model) else {}
     given = {} if cache is None else {name_of_cache(model): cache}
     uses = kept == 1

@@ -35,12 +35,13 @@ def drawing(workload: Workload, simulator: Simulator, limit: int) -> Workload:
 def draws_of(recipe: Recipe, asked_tokens: int | None, batch: int | None) -> Asked | None:
     """A batch of answers that GRPO draws, as long as they may be, to the longest prompt; None of other objectives.
 
-    Prompt and answer share a row of `data.max_length`; where no rows are known, they fill it. `batch`: answers of a
-    step, where that is known.
+    Prompt and answer share a row of `data.max_length`; where no rows are known, they fill it. The longest prompt may
+    have a short one beside it, whose answer has all the room that there can be. `batch`: answers of a step, where that
+    is known.
     """
     train, most = recipe.train, recipe.data.max_length
     if train.objective != "grpo":
         return None
     wanted = min(train.max_completion_length, most - 1)
     asked = min(asked_tokens or most - wanted, most - 1)
-    return Asked(min(ANSWERS_AT_ONCE, batch or ANSWERS_AT_ONCE), 0, asked, min(wanted, most - asked), drawn=1)
+    return Asked(min(ANSWERS_AT_ONCE, batch or ANSWERS_AT_ONCE), 0, asked, wanted, drawn=1)

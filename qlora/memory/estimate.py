@@ -348,7 +348,7 @@ def workload_of(recipe: Recipe, facts: DataFacts | None = None) -> Workload:
         )
         raise DoesNotFit(what, f"no memory holds more than {MOST_TOKENS:,}: lower train.micro_batch_size")
     draws = at_once.draws_of(recipe, facts.asked_tokens if facts else None, batch)
-    length = length if draws is None else max(length, draws.own + draws.new)
+    length = length if draws is None else max(length, min(draws.own + draws.new, recipe.data.max_length))
     prompt = facts.prompt_tokens if facts else max(1, int(length * PROMPT_SHARE))
     exact = evaluates and recipe.eval.exact_match_rows > 0
     answer = facts.answer_tokens if facts else (length - prompt if exact else 0)  # the rest of the row

@@ -114,10 +114,14 @@ class AnsweredBatches:
         return max(range(len(lengths)), key=lengths.__getitem__)
 
     @property
+    def longest_prompt(self) -> int:
+        """Its tokens."""
+        return len(self.prompt_of(self._longest_row))
+
+    @property
     def most_tokens(self) -> int:
         """Of a prompt and its answer."""
-        asked = len(self.prompt_of(self._longest_row))
-        return asked + self.room_beside(asked)
+        return self.longest_prompt + self.room_beside(self.longest_prompt)
 
     def room_beside(self, prompt_tokens: int) -> int:
         """Tokens that an answer may have: prompt and answer share `data.max_length`."""

@@ -183,7 +183,7 @@ class Training:
         return again
 
     def dry_run(self, state: RunState) -> None:
-        """The longest micro-batch, an update and the longest evaluation batch: what would fail late fails now."""
+        """The longest micro-batch, an update, evaluation batch and drawing: what would fail late fails now."""
         if self.is_finished(state):
             return
 
@@ -198,6 +198,7 @@ class Training:
         restoring = partial(selfcheck.restoring_state, self.optimizer, self.job.device)
         with self.job.clock.phase("checks", "dry run"):
             self.recovery.run(state.step, partial(restoring, work), self.optimizer.zero_gradients)
+            rollouts.try_longest(self.rollouts, state.step)
             restoring(partial(compiled.settle, self.causal_lm, step, self.batches.layout.width, self.sink))
         if self.recovery.settings.offloaded:
             self.sink.emit(Notice("memory", self.pool.said))

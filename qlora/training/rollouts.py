@@ -21,6 +21,7 @@ from qlora.data.layout import Layout
 from qlora.data.token_cache import Prompt
 from qlora.errors import DataError, RunFolderError
 from qlora.events import Notice, Sink
+from qlora.memory import asking
 from qlora.model import generate, sampled
 from qlora.recipe.sections import DataSection
 from qlora.reward_events import Rewarded
@@ -64,6 +65,12 @@ def emit(drawn: Rollouts | None, objective: Objective, step: int, sink: Sink) ->
         preferences.emit(objective, step, sink)
 
 
+def try_longest(drawn: Rollouts | None, step: int) -> None:
+    """A batch of answers as long as they may be, to the longest prompt; fewer at once where memory runs out in it."""
+    if drawn is not None:
+        drawn.recovery.run_generation(step, drawn.answer_the_longest)
+
+
 class Rollouts:
     """The answers that the step under way learns from; `parts` give log-probabilities at their temperature.
 
@@ -101,6 +108,13 @@ class Rollouts:
     def answers(self) -> Sequence[Answer]:
         assert self._held is not None, "a step before its answers"
         return self._held[1]
+
+    def answer_the_longest(self) -> None:
+        """For what it takes in memory: of the prompts to learn from, and of those that evaluation asks."""
+        prompt = max([self.batches.longest_prompt, *(len(ids) for _, ids in self._questions)])
+        rows, room = self.recovery.settings.answers_at_once, self.train.max_completion_length
+        with evaluating(self.job.model):
+            asking.ask(self.job.model, asking.Asked(rows, 0, prompt, room, drawn=1))
 
     # --- before a step -------------------------------------------------------------------------------------------
 
@@ -143,6 +157,7 @@ class Rollouts:
         def drawn(members: Sequence[int], how: generate.Asked) -> list[list[float]]:
             names = [f"{self.train.seed}/{first}/{place}/answer" for place in members]
             texts = [prompts[place] for place in members]
+            how = replace(how, max_new_tokens=max(self.batches.room_beside(len(text)) for text in texts))
             found = sampled.draw(self.job.model, texts, names, self.train.temperature, how)
             return [[one.ended, *one.token_ids, *one.logprobs] for one in found]
 

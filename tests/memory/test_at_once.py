@@ -50,8 +50,8 @@ def test_a_study_asks_as_many_as_fit(simulator: Simulator) -> None:
     ("train", "known", "expected"),
     [
         ({}, (None, None), (16, 1792, 256)),
-        ({"max_completion_length": 2000}, (100, 8), (8, 100, 1948)),
-        ({}, (2040, 64), (16, 2040, 8)),
+        ({"max_completion_length": 2000}, (100, 8), (8, 100, 2000)),  # a short prompt beside it has as much room
+        ({}, (2040, 64), (16, 2040, 256)),
         ({"max_completion_length": 5}, (30, None), (16, 30, 5)),
     ],
 )

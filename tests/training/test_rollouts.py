@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.training.grpo_cases import KEYS, kept, lines, write_recipe
 from tests.training.preference_cases import notices
 
 ALONE = (*(key for key in KEYS if "eval" not in key), "data.eval_fraction=0", "eval.samples=0")
+OFTEN = "train.rewards=['regex:[0-9]']"  # in half of a tiny base's answers of 26 tokens
 AGAIN = ("train.num_iterations=2", "train.beta=0.1", "lora.dropout=0.1", "train.temperature=0.8", "lora.r=4")
 
 
@@ -164,6 +166,53 @@ def test_memory_that_runs_out_in_drawing_halves_what_is_drawn_at_once(
     train(recipes[1], *some, mode="resume")
     assert sorted(drawn) == [f"42/2/{place}/answer" for place in range(8)]  # by seed, step and place in the step
     assert seen == [4, 4] and hashes(recipes[0], 3) == hashes(recipes[1], 3)
+
+
+def test_the_longest_drawing_is_tried_before_the_first_step(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the longest question, as long as answers may be; where memory runs out in it, fewer are drawn from then on."""
+    tried: list[Any] = []
+    drawn: list[tuple[int, int]] = []
+    real, draw = rollouts.asking.ask, rollouts.sampled.draw
+
+    def trying(model: Any, asked: Any) -> None:
+        tried.append(asked)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB.")
+        assert not torch.is_grad_enabled() and not model.training
+        real(model, asked)
+
+    def watching(model: Any, prompts: Any, names: Any, temperature: float, asked: Any) -> Any:
+        drawn.append((asked.batch_size, max(map(len, prompts))))
+        return draw(model, prompts, names, temperature, asked)
+
+    monkeypatch.setattr(rollouts.asking, "ask", trying)
+    monkeypatch.setattr(rollouts.sampled, "draw", watching)
+    recorder = train(write_recipe(tmp_path, llama), *ALONE)
+    (recovered,) = recorder.of("recovered")
+    assert recovered.as_dict()["step"] == 0 and "4 instead of 8 answers at once" in recovered.as_dict()["message"]
+    assert [(one.rows, one.new, one.drawn) for one in tried] == [(8, 10, 1), (4, 10, 1)]
+    assert {rows for rows, _ in drawn} == {4} and max(length for _, length in drawn) <= tried[0].own <= 86
+
+
+def test_answers_end_where_their_rows_do(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch is drawn longer than the room of its shortest question, and what is drawn is the same."""
+    draw, rooms = rollouts.sampled.draw, []
+
+    def watching(model: Any, prompts: Any, names: Any, temperature: float, asked: Any) -> Any:
+        rooms.append((asked.max_new_tokens, 44 - min(map(len, prompts))))
+        found = draw(model, prompts, names, temperature, asked)
+        longer = draw(model, prompts, names, temperature, replace(asked, max_new_tokens=40))
+        for one, other in zip(found, longer, strict=True):
+            room = asked.max_new_tokens
+            assert one.token_ids == other.token_ids[:room] and one.logprobs == other.logprobs[:room]
+        return found
+
+    monkeypatch.setattr(rollouts.sampled, "draw", watching)
+    some = (*ALONE, OFTEN, "data.max_length=44", "train.max_completion_length=40", "train.max_steps=3")
+    train(write_recipe(tmp_path, llama), *some)
+    assert rooms and all(most == room < 40 for most, room in rooms), rooms
 
 
 def test_memory_that_runs_out_in_the_update_leaves_the_answers(
