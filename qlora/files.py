@@ -48,10 +48,12 @@ def user_path(text: str | os.PathLike[str], what: str = "the path") -> Path:
     try:
         path = Path(name).expanduser().resolve()
         str(path).encode()
+        if _is_circle(path):
+            raise RuntimeError("Symlink loop")  # as Python itself said until 3.13
         return path
     except UnicodeEncodeError as error:
         raise UserError(f"{what}: {name} has a name that is not UTF-8", "rename it, or use another place") from error
-    except RuntimeError as error:  # no such home, and before Python 3.13 a circle of links
+    except RuntimeError as error:  # no such home, or a circle of links
         reason, hint = "there is no such home folder", "write the path out, without ~"
         if "loop" in str(error).lower():
             reason, hint = "its links lead in a circle", "name the file itself, or make the link anew"
@@ -73,6 +75,8 @@ def inside(root: Path, name: str) -> Path:
         raise UnsafePathError(f"{name!r} leaves the folder {root}")
     try:
         home, real = root.resolve(), (root / name).resolve()
+        if _is_circle(real):
+            raise RuntimeError("Symlink loop")
     except (OSError, RuntimeError) as error:
         raise UnsafePathError(f"{name!r} is a link that leads nowhere") from error
     # A hub snapshot is a folder of links into the blobs of the same repository, two levels up.
@@ -88,6 +92,15 @@ def inside(root: Path, name: str) -> Path:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UnsafePathError(f"{name!r} is neither a file nor a folder")
     return real
+
+
+def _is_circle(resolved: Path) -> bool:
+    """Whether links lead in a circle, which Python has left as they are from 3.13 on (`Path.resolve`)."""
+    try:
+        os.stat(resolved)
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def unreachable(path: Path) -> str | None:

@@ -14,6 +14,10 @@ from typing import Any
 # The name since torch 2.9, and the two before it.
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 WAITING_THREADS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+# What bitsandbytes (0.50) names its kernels that dequantize on a CPU.
+KERNELS_4BIT = tuple(
+    f"cdequantize_blockwise_cpu_{codes}_{dtype}" for codes in ("nf4", "fp4") for dtype in ("fp32", "bf16", "fp16")
+)
 
 
 def no_word_to_developers() -> None:
@@ -87,12 +91,14 @@ def unprinted_panics() -> Iterator[None]:
 
 
 def import_bitsandbytes() -> Any:
-    """The library, without its advice on import to install `kernels`, which would fetch native code at run time.
+    """The library, without its advice on import to install `kernels`, which would fetch native code at run time, and
+    with kernels that read 4-bit weights of any width.
 
     It marks a dozen functions for torch.compile as it is imported, which loads the compiler: a third of what a command
     imports, for functions that few runs call. They are compiled when they are called.
     """
     if (known := sys.modules.get("bitsandbytes")) is not None:
+        _read_blocks_on(known.cextension.lib)
         return known
     import torch
 
@@ -105,7 +111,29 @@ def import_bitsandbytes() -> Any:
     finally:
         torch.compile = compile_now
         advice.setLevel(level)
+    _read_blocks_on(bitsandbytes.cextension.lib)
     return bitsandbytes
+
+
+def _read_blocks_on(library: Any) -> None:
+    """Its kernels that dequantize on a CPU are given blocks as rows (0.50.2, csrc/cpu_ops.cpp).
+
+    A block is of the weight laid out flat, and goes on in the next row. The branch for AVX-512 begins one anew in each
+    row: of rows of 48, 80, 96 or 112 it made other numbers, off by half of the largest value. Bytes are bytes to it.
+    """
+    if KERNELS_4BIT[0] in vars(library):
+        return
+    for name in KERNELS_4BIT:
+        setattr(library, name, partial(_of_whole_blocks, getattr(library, name)))
+
+
+def _of_whole_blocks(kernel: Any, codes: Any, constants: Any, out: Any, *sizes: Any) -> None:
+    block, rows, width = (int(size.value) for size in sizes)
+    if width % block:
+        values, kind = rows * width, type(sizes[0])
+        rows, width = (values // block, block) if values % block == 0 else (1, values)
+        sizes = (sizes[0], kind(rows), kind(width))
+    kernel(codes, constants, out, *sizes)
 
 
 def _compile_when_called(compile_now: Any, function: Any = None, **settings: Any) -> Any:

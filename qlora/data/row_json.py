@@ -13,6 +13,8 @@ from qlora.errors import one_line
 
 MAX_REASON_CHARS = 600  # a row may have 300,000 columns, and a value millions of characters
 MAX_DEPTH = 64  # of lists and objects in a row; schemas of tools have about ten
+# Said of what the parser itself gives up on as well, which is another depth in each version of Python.
+TOO_DEEP = f"values nested too deep to read (more than {MAX_DEPTH} levels)"
 
 # What pandas writes into a CSV for a list of objects: Python's own notation, with single quotes.
 _PYTHON_TEXT = re.compile(r"\s*\[?\s*\{\s*'")
@@ -73,7 +75,7 @@ def load_json(text: str) -> Any:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise RowError(f"broken JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
-        raise RowError("JSON nested too deep to read") from None
+        raise RowError(TOO_DEEP) from None
     except ValueError as error:
         raise RowError(f"broken JSON: {number_error(error)}") from None
     keys.check()
@@ -89,7 +91,7 @@ def check_value(value: Any, escapes: bool = True) -> None:
     level, depth = [value], 0
     while level:
         if depth == MAX_DEPTH and any(isinstance(item, dict | list) for item in level):
-            raise RowError(f"values nested too deep to read (more than {MAX_DEPTH} levels)")
+            raise RowError(TOO_DEEP)
         deeper: list[Any] = []
         for item in level:
             if isinstance(item, str):

@@ -19,6 +19,7 @@ from qlora.model.nf4 import (
     row_unit,
     rows_in_block,
 )
+from qlora.third_party import import_bitsandbytes
 from tests.card import Card, Stream, rehearsal
 from tests.model.conftest import CPU
 from tests.model.nf4_reference import quantize, reference_dequantize, reference_quantize, unpack, values_of
@@ -207,6 +208,24 @@ def test_rows_are_read_back_as_they_are_in_the_whole(shape: tuple[int, int]) -> 
         spans = [(at, min(at + unit, shape[0])) for at in range(0, shape[0], unit)]
         for start, end in (*spans[:3], *spans[-2:], (0, shape[0])):
             assert torch.equal(read(start, end), whole[start:end])
+
+
+@pytest.mark.parametrize("width", [16, 48, 80, 96, 100, 112, 176, 1000, 33])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_blocks_go_on_in_the_next_row(width: int, quant_type: str, dtype: torch.dtype) -> None:
+    """A code's value times its block's constant, in fp32, rounded once: of rows that are no whole blocks too, and of
+    weights that are none; read by the layer's own product as by ourselves."""
+    for rows in (64, 7):
+        quantized = quantize(weight_of((rows, width)), quant_type, False, CPU)
+        state, codes = quantized.state, quantized.data.view(torch.uint8).reshape(-1)
+        values = state.code[torch.stack((codes >> 4, codes & 15), dim=1).reshape(-1)[: rows * width].long()]
+        plain = (values * state.absmax.repeat_interleave(state.blocksize)[: rows * width]).reshape(rows, width)
+        assert torch.equal(dequantize(quantized, dtype), plain.to(dtype))
+        if dtype != torch.float16:
+            inputs = torch.eye(width, dtype=dtype)
+            found = import_bitsandbytes().matmul_4bit(inputs, quantized.data.t(), state)
+            assert torch.equal(found, plain.to(dtype).t())
 
 
 def test_a_block_of_rows_is_whole_blocks_of_values() -> None:
