@@ -40,7 +40,7 @@ from qlora.step.forward import CausalParts, batch_loss, evaluating
 from qlora.step.loss import SupervisedObjective
 from qlora.step.optimizer import AdapterOptimizer
 from qlora.third_party import import_bitsandbytes
-from tests.card import Card
+from tests.card import GIB, Card
 from tests.data.cases import split_of
 from tests.export.cases import merge_of, of_peft
 from tests.families import FAMILIES, make_base
@@ -116,7 +116,7 @@ def fake_cuda() -> Iterator[None]:
     """Inside, `cuda` is a device whose tensors hold nothing."""
     bnb, fake = import_bitsandbytes(), fake_mode()
     with (
-        mock.patch.object(hardware, "accelerator", FakeCard()),
+        mock.patch.object(hardware, "accelerator", FakeCard(8 * GIB)),  # room for all of a model
         mock.patch.object(bnb.nn, "Params4bit", _weight_4bit),
         mock.patch.object(nn.Module, "_apply", _moved),
         mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
