@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora import device
 from qlora.flat import managed
+from qlora.model import compiled
+from qlora.step.kernels import trial
 
 GIB, MIB = 2**30, 2**20
 CONTEXT_BYTES = 4 * MIB  # what the driver keeps for itself
@@ -85,6 +87,7 @@ class Card(TorchDispatchMode):
         super().__init__()
         self.total, self.name, self.capability = total, name, capability
         self.is_integrated = 0  # 1: its memory is the RAM
+        self.has_triton = False  # True: the kernels' twins, which are what a CPU computes, stand in for them
         self.context_bytes: int | None = None  # as `device.measure_context` leaves it
         self.context = CONTEXT_BYTES  # what it really takes
         self.limit = total - CONTEXT_BYTES
@@ -279,6 +282,8 @@ def rehearsal(monkeypatch: pytest.MonkeyPatch, card: Card) -> Iterator[Card]:
 
     with monkeypatch.context() as patch, card:
         patch.setattr(device, "accelerator", card)
+        for asking in (trial, compiled):  # whatever is installed here
+            patch.setattr(asking, "find_spec", lambda name: card.has_triton or None)
         patch.setattr(Tensor, "pin_memory", pinned)
         patch.setattr(Tensor, "record_stream", lambda tensor, stream: card.calls.update(["record_stream"]))
         patch.setattr(functional, "get_paged", paged)

@@ -21,10 +21,9 @@ def test_a_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_card_has_them_where_triton_is_and_what_they_give_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     trial._right.cache_clear()
-    with rehearsal(monkeypatch, Card()):
-        monkeypatch.setattr(trial, "find_spec", lambda name: None)
+    with rehearsal(monkeypatch, Card()) as card:
         assert not trial.work(CPU)
-        monkeypatch.setattr(trial, "find_spec", lambda name: name)
+        card.has_triton = True
         assert trial.work(CPU)  # the twins stand in for the kernels
     trial._right.cache_clear()
 
@@ -75,11 +74,10 @@ def test_a_card_multiplies_experts_where_triton_is_and_what_that_gives_is_right(
     trial._right_with_experts.cache_clear()
     monkeypatch.setattr(trial, "find_spec", lambda name: name)
     assert not trial.multiplies_experts(CPU)
-    with rehearsal(monkeypatch, Card()):
-        assert trial.multiplies_experts(CPU)  # the twins stand in for the kernels
-        monkeypatch.setattr(trial, "find_spec", lambda name: None)
+    with rehearsal(monkeypatch, Card()) as card:
         assert not trial.multiplies_experts(CPU)
-        monkeypatch.setattr(trial, "find_spec", lambda name: name)
+        card.has_triton = True
+        assert trial.multiplies_experts(CPU)  # the twins stand in for the kernels
         monkeypatch.setattr(trial, "computes_bf16", lambda device: False)  # a T4, without bf16
         assert not trial.multiplies_experts(CPU)
     trial._right_with_experts.cache_clear()
