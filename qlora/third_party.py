@@ -98,7 +98,7 @@ def import_bitsandbytes() -> Any:
     imports, for functions that few runs call. They are compiled when they are called.
     """
     if (known := sys.modules.get("bitsandbytes")) is not None:
-        _read_blocks_on(known.cextension.lib)
+        _read_blocks_on(known)
         return known
     import torch
 
@@ -111,20 +111,22 @@ def import_bitsandbytes() -> Any:
     finally:
         torch.compile = compile_now
         advice.setLevel(level)
-    _read_blocks_on(bitsandbytes.cextension.lib)
+    _read_blocks_on(bitsandbytes)
     return bitsandbytes
 
 
-def _read_blocks_on(library: Any) -> None:
+def _read_blocks_on(bitsandbytes: Any) -> None:
     """Its kernels that dequantize on a CPU are given blocks as rows (0.50.2, csrc/cpu_ops.cpp).
 
     A block is of the weight laid out flat, and goes on in the next row. The branch for AVX-512 begins one anew in each
     row: of rows of 48, 80, 96 or 112 it made other numbers, off by half of the largest value. Bytes are bytes to it.
     """
-    if KERNELS_4BIT[0] in vars(library):
+    library = getattr(getattr(bitsandbytes, "cextension", None), "lib", None)
+    if KERNELS_4BIT[0] in getattr(library, "__dict__", {}):
         return
     for name in KERNELS_4BIT:
-        setattr(library, name, partial(_of_whole_blocks, getattr(library, name)))
+        if kernel := getattr(library, name, None):  # one that does not load has none
+            setattr(library, name, partial(_of_whole_blocks, kernel))
 
 
 def _of_whole_blocks(kernel: Any, codes: Any, constants: Any, out: Any, *sizes: Any) -> None:
