@@ -109,8 +109,7 @@ class Slab(nn.Module):
             nested = (self.nested_absmax[first:last].reshape(-1), self.nested_table, NESTED_BLOCK, torch.float32)
             absmax = ops.dequantize_blockwise.default(absmax.reshape(-1), *nested).view(count, -1)
             absmax = absmax[:, : self.blocks] + self.offset[first:last, None]
-        # As rows of one block each: of rows that are no multiple of 64 wide bitsandbytes' kernel on CPUs (0.50.2) makes
-        # other numbers, off by half of the largest value at 96 or 80: it begins blocks anew in each row.
+        # As rows of one block each: blocks run over the expert laid out flat.
         shape = (count * self.blocks, BLOCK)
         codes = self.codes[first:last].reshape(-1, 1)
         weights: Tensor = ops.dequantize_4bit.default(codes, absmax.reshape(-1), BLOCK, self.quant_type, shape, dtype)

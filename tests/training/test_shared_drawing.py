@@ -151,3 +151,12 @@ def test_answers_arrive_as_they_were_judged() -> None:
     found = handing.taken_answers(channel, words[0], prompts.__getitem__)  # type: ignore[arg-type]
     assert words == [{"do": "answers", "first": 4, "size": 37}]
     assert found == [replace(answer, rewards=()) for answer in answers]
+
+
+@pytest.mark.slow
+def test_a_base_that_none_of_them_holds_draws_too(tmp_path: Path, llama: Path) -> None:
+    """The longest drawing is tried by process 0 alone, for which the other gives its parts of the layers."""
+    recipe = write_recipe(tmp_path, llama)
+    ended = train(recipe, 2, *KEYS, "memory.shard_weights=true", "train.gradient_checkpointing=true")
+    assert ended.codes == [0, 0], ended.said
+    assert len(kept(recipe)) == 6
