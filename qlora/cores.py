@@ -1,18 +1,43 @@
-"""How many cores a process may use: of those that the machine has, what the system lets it have."""
+"""How many cores a process may use: of those that the machine has, what the system lets it have and others leave it."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
-_GROUP = Path("/sys/fs/cgroup")
+_GROUP, _LOAD = Path("/sys/fs/cgroup"), Path("/proc/loadavg")
 
 
 def usable_cores() -> int:
     """At least 1: the cores it is bound to (taskset), and not more than its control group's share of time."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = _share(_GROUP)
-    return max(1, bound if share is None else min(bound, int(share)))
+    return max(1, _bound() if share is None else min(_bound(), int(share)))
+
+
+def are_free() -> bool:
+    """Whether all of its cores are this process' for its whole time, and others compute on less than half as many now.
+
+    Others are threads that can run (proc(5), /proc/loadavg): of three looks the one that saw fewest, since one that
+    computes is in all of them. False where that is not told.
+    """
+    cores = usable_cores()
+    if cores < _bound():
+        return False
+    try:
+        others = min(_runnable() for _ in range(3)) - 1  # one of them looks
+    except (OSError, ValueError, IndexError):
+        return False
+    return 2 * others < cores
+
+
+def _runnable() -> int:
+    time.sleep(0.002)
+    return int(_LOAD.read_text().split()[3].split("/")[0])
+
+
+def _bound() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _share(group: Path) -> float | None:

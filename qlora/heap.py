@@ -16,6 +16,10 @@ from contextlib import suppress
 # malloc.h: what mallopt sets.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 OWN_MAPPING_BYTES = 1 << 20
+# What the heap keeps at its end. With one MiB its end moved to and fro within each step: 1 x 400 tokens of the
+# quickstart's base took 10,200 page faults a step, 4,800 with 8 MiB (and 10 where no block is mapped on its own), and a
+# tenth more time, at the same peak.
+KEPT_BYTES = 8 << 20
 # A kernel is compiled for each shape of a product, 0.4 to 0.65 MiB of code and plans, and kept twice: by oneDNN (1,024
 # by itself) and by torch's layer above it (ideep's LRU_CACHE_CAPACITY, 1,024 as well), which alone keeps all of them
 # from being freed: 600 shapes of one layer took 388 MiB, 245 with the first bounded, 16 with both at 16. A step of rows
@@ -41,7 +45,7 @@ def give_back_freed_blocks() -> bool:
         return False
     with suppress(OSError, AttributeError):  # no such library, no such function: another C library under that name
         mallopt = ctypes.CDLL(None).mallopt
-        settings = ((_M_MMAP_THRESHOLD, OWN_MAPPING_BYTES), (_M_TRIM_THRESHOLD, OWN_MAPPING_BYTES), (_M_ARENA_MAX, 1))
+        settings = ((_M_MMAP_THRESHOLD, OWN_MAPPING_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES), (_M_ARENA_MAX, 1))
         arranged = [mallopt(name, value) == 1 for name, value in settings]  # each of them, whatever the first answers
         return all(arranged)
     return False

@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
+from qlora import cores
+
 # The name since torch 2.9, and the two before it.
 ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 WAITING_THREADS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+ALONE = {"GOMP_SPINCOUNT": "4000"}  # of these, where nobody else computes
 # What bitsandbytes (0.50) names its kernels that dequantize on a CPU.
 KERNELS_4BIT = tuple(
     f"cdequantize_blockwise_cpu_{codes}_{dtype}" for codes in ("nf4", "fp4") for dtype in ("fp32", "bf16", "fp16")
@@ -45,13 +48,13 @@ def let_waiting_threads_sleep() -> None:
     """Have OpenMP's threads sleep soon after their work has run out. Before torch is imported; children inherit it.
 
     By itself a thread that waits for the others burns its core for milliseconds, also while the one it waits for has
-    lost its core to another program: beside two busy processes a step of the quickstart took 4.7 times as long as
-    alone, and 2.4 times with 1,000 looks, some 50 µs (the curve: tools/bench/README.md). GOMP_SPINCOUNT is libgomp's
-    (torch on Linux), KMP_BLOCKTIME libomp's (macOS, Windows), in milliseconds. Whoever has set one of them, or
-    OMP_WAIT_POLICY, decides.
+    lost its core to another program: beside two busy processes a step of the quickstart took more than four times as
+    long as with 1,000 looks, some 50 µs. Where nobody else computes, 4,000 are as fast as libgomp's own 300,000, and a
+    fifth faster than 1,000 (both curves: tools/bench/README.md). GOMP_SPINCOUNT is libgomp's (torch on Linux),
+    KMP_BLOCKTIME libomp's (macOS, Windows), in milliseconds. Whoever has set one of them, or OMP_WAIT_POLICY, decides.
     """
     if not any(name in os.environ for name in (*WAITING_THREADS, "OMP_WAIT_POLICY")):
-        os.environ.update(WAITING_THREADS)
+        os.environ.update(WAITING_THREADS | (ALONE if cores.are_free() else {}))
 
 
 def let_segments_grow() -> None:

@@ -10,7 +10,15 @@ from collections.abc import Callable
 
 import pytest
 
-from qlora.third_party import WAITING_THREADS, _compile_when_called, draw_no_bars, unprinted_panics
+from qlora import cores
+from qlora.third_party import (
+    ALONE,
+    WAITING_THREADS,
+    _compile_when_called,
+    draw_no_bars,
+    let_waiting_threads_sleep,
+    unprinted_panics,
+)
 
 # A command that has ended: what it left in the environment, and whether torch had been imported by then.
 COMMAND = """
@@ -45,7 +53,17 @@ def test_a_bar_of_somebody_else_is_not_drawn(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_waiting_threads_sleep_before_torch_is_there() -> None:
-    assert waiting() == {**WAITING_THREADS, "torch": False}
+    assert waiting() in ({**WAITING_THREADS, "torch": False}, {**WAITING_THREADS, **ALONE, "torch": False})
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_where_nobody_else_computes_they_wait_longer(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*WAITING_THREADS, "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "7")  # which is there again after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(cores, "are_free", lambda: free)
+    let_waiting_threads_sleep()
+    assert {name: os.environ[name] for name in WAITING_THREADS} == WAITING_THREADS | (ALONE if free else {})
 
 
 @pytest.mark.parametrize("name", [*WAITING_THREADS, "OMP_WAIT_POLICY"])

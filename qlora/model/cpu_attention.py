@@ -3,8 +3,8 @@
 With a mask every token is multiplied with every other one of its pack; documents of 57 tokens in a pack of 400 are an
 eighth of that. Short ones are computed in fp32: torch's kernel adds up in fp32 anyway, and what it converts on the way,
 block by block, costs short documents more than the products do (documents of 100 tokens, 9 heads of 64, forward and
-backward: 18.6 ms a pack of 512 with its mask, 12.9 one by one, 6.3 in fp32; torch 2.13, two threads with AVX512-BF16).
-What is kept for the backward pass has the type of the inputs in either case.
+backward: 18.6 ms a pack of 512 with its mask, 12.9 one by one, 6.3 in fp32; one of 400 tokens, 4 heads: 10.5 and 7.1;
+torch 2.13, two threads with AVX512-BF16). What is kept for the backward pass has the type of the inputs in either case.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SHORT = 384  # tokens; from 512 on the kernel is as fast on bf16
+# Tokens up to which fp32 is faster, for heads up to so wide, and for wider ones. From 768 on the kernel takes 256
+# queries at a time in place of 64 (FlashAttentionKernel.cpp), and bf16 is: 1,024 tokens in 19.7 ms, 23.6 in fp32.
+SHORT, NARROW, SHORT_OF_WIDE = 767, 64, 384
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -58,9 +60,9 @@ class _ByDocuments(torch.autograd.Function):
 
 def _apart(lengths: Sequence[int], *states: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     """Each document's place among the N, and its part (1, heads, S, D) of each of the states (N, heads, D)."""
-    begin = 0
+    begin, short = 0, SHORT if states[0].shape[-1] <= NARROW else SHORT_OF_WIDE
     for length in lengths:
         place = slice(begin, begin + length)
-        parts = [state[place].float() if length <= SHORT else state[place] for state in states]
+        parts = [state[place].float() if length <= short else state[place] for state in states]
         yield place, [part.transpose(0, 1)[None] for part in parts]
         begin += length

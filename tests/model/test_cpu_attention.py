@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.model.cpu_attention import SHORT, by_documents
+from qlora.model.cpu_attention import NARROW, SHORT, SHORT_OF_WIDE, by_documents
 
 HEADS, SHARED, WIDTH = 4, 2, 16
 LENGTHS = (5, 1, SHORT + 16, 30)
+OF_WIDE = (5, SHORT_OF_WIDE, SHORT_OF_WIDE + 16)
 
 
-def drawn(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+def drawn(
+    dtype: torch.dtype, device: str = "cpu", width: int = WIDTH, lengths: tuple[int, ...] = LENGTHS
+) -> list[Tensor]:
     """Query, key and value (N, heads, D)."""
     generator = torch.Generator().manual_seed(3)
-    states = [torch.randn(sum(LENGTHS), heads, WIDTH, generator=generator) for heads in (HEADS, SHARED, SHARED)]
+    states = [torch.randn(sum(lengths), heads, width, generator=generator) for heads in (HEADS, SHARED, SHARED)]
     return [one.to(device, dtype).requires_grad_() for one in states]
 
 
@@ -73,3 +76,11 @@ def test_each_document_is_computed_alone_and_short_ones_in_fp32(device: str) -> 
     assert {one.dtype for one in kept if one.dim() == 3 and one.shape[-1] == WIDTH} == {torch.bfloat16}
     sizes = sum(one.nbytes for one in kept if one.shape[-1] == WIDTH)
     assert sizes == 2 * sum(LENGTHS) * WIDTH * (2 * HEADS + 2 * SHARED), "query, key, value, output: no copies"
+
+
+@pytest.mark.parametrize("width", [NARROW, NARROW + 8])
+def test_of_wide_heads_fewer_are_short(width: int) -> None:
+    with Seen() as seen:
+        by_documents(*drawn(torch.bfloat16, "meta", width, OF_WIDE), OF_WIDE, None)
+    short = SHORT if width <= NARROW else SHORT_OF_WIDE
+    assert seen.queries == [(length, torch.float32 if length <= short else torch.bfloat16) for length in OF_WIDE]

@@ -140,6 +140,9 @@ def work(stack: str, settings: Settings) -> dict[str, Any]:
     """In a process of its own: the figures of a stack, none of whose packages has been imported before."""
     sys.path.insert(0, str(ROOT))
     if stack in ("qlora", PACKED):
+        from qlora.third_party import let_waiting_threads_sleep
+
+        let_waiting_threads_sleep()  # before torch is imported, as our commands do
         import step_qlora
 
         return step_qlora.run(settings)

@@ -17,20 +17,21 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoModelForCausalLM  # noqa: F401
 
-from qlora import heap
+from qlora import heap, numerics, run_numerics
 from qlora.batch import Batch
 from qlora.data.chat import TokenRow
 from qlora.data.loader import collate
 from qlora.data.token_cache import Preference, PreparedSplit
 from qlora.device import is_card, release
 from qlora.events import Sinks
-from qlora.model import adapters, load, lora_functions
+from qlora.model import adapters, load
+from qlora.model.base_folder import BaseFolder
 from qlora.model.cpu_matmul import fast_matmul, has_bf16_products
 from qlora.model.resolve import resolve
 from qlora.objective_keys import ObjectiveKeys
+from qlora.recipe.reading import recipe_of_base
 from qlora.recipe.sections import LoraSection, QuantizationSection
 from qlora.step.forward import CausalParts, batch_logprobs, evaluating, forward_backward
-from qlora.step.kernels import trial
 from qlora.step.layerwise import set_gradient_checkpointing
 from qlora.step.objectives import PreferenceObjective, answers_of, objective_of
 from qlora.step.optimizer import AdapterOptimizer
@@ -38,14 +39,21 @@ from qlora.training.setup import pick_device
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """The step of qlora.step, as the trainer runs it."""
+    """The step of qlora.step, as the trainer runs it: with what a new run decides on this machine."""
     device = pick_device()
     if not is_card(device):
         heap.settle()
     before = resident_bytes()
     base = resolve(settings.base, "main", Sinks())
+    with numerics.in_force(run_numerics.decide(recipe_of_base(settings.base), base, device, None)):
+        return measured(settings, base, device, before)
+
+
+def measured(settings: Settings, base: BaseFolder, device: torch.device, before: int) -> dict[str, Any]:
+    """Speed and peak of `settings.steps` steps; `before`, what the process held until now."""
+    run = numerics.of_run()
     model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
-    functions = lora_functions.choose(LoraSection(), None, trial.work(device))
+    functions = run.functions if run else None
     peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0, functions=functions)
     causal_lm = peft_model.get_base_model()
     set_gradient_checkpointing(causal_lm, settings.gradient_checkpointing, keep_random_state=False)
@@ -90,22 +98,23 @@ def run(settings: Settings) -> dict[str, Any]:
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: by_shapes})
         with counter:
             step()
-    limit_seconds = counter.get_total_flops() / fastest_products()
-    return {**figures, "share_of_limit": round(limit_seconds / statistics.median(seconds[1:]), 3)}
+    reached = counter.get_total_flops() / statistics.median(seconds[1:])
+    in_fp32, fastest = products_per_second()
+    return {**figures, "share_of_limit": round(reached / fastest, 3), "share_of_fp32": round(reached / in_fp32, 3)}
 
 
-def fastest_products() -> float:
-    """FLOP/s of this processor's matrix products: of 1,024 x 1,024 matrices, in the faster one of two types."""
+def products_per_second() -> tuple[float, float]:
+    """FLOP/s of this processor's products of 1,024 x 1,024 matrices: in float32, and in the faster one of two types."""
     rates = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if has_bf16_products() else (torch.float32,):
         one = torch.randn(1024, 1024).to(dtype)
         seconds = []
-        for _ in range(5 if dtype == torch.float32 or has_bf16_products() else 0):
+        for _ in range(5):
             began = time.perf_counter()
             torch.mm(one, one)
             seconds.append(time.perf_counter() - began)
-        rates += [2 * 1024**3 / min(seconds)] if seconds else []
-    return max(rates)
+        rates.append(2 * 1024**3 / min(seconds))
+    return rates[0], max(rates)
 
 
 def micro_batch(rows: Sequence[Sequence[int]], documents: int) -> Batch:
