@@ -37,9 +37,10 @@ if TYPE_CHECKING:
     from qlora.recipe.sections import LoraSection
 
 OURS, PEFT = "qlora", "peft"  # who computes a linear layer with its adapter
+NORMED = "qlora, norms too"  # ours, and norms by a function of torch's operations
 IN_TRITON = "qlora in Triton"  # ours, with what lies between products in kernels: norms and dequantizing too
 FUSED = "qlora in Triton, fused"  # and queries and keys are turned by a kernel; adapters of an MLP are added in one
-_KERNELS = {OURS: Kernels.NONE, IN_TRITON: Kernels.SINGLE, FUSED: Kernels.FUSED}
+_KERNELS = {OURS: Kernels.NONE, NORMED: Kernels.NONE, IN_TRITON: Kernels.SINGLE, FUSED: Kernels.FUSED}
 # Answers are written a token at a time: bitsandbytes' kernel for few rows reads a GPU's weight without dequantizing it.
 FEW_ROWS = 16
 
@@ -49,7 +50,7 @@ def choose(lora: LoraSection, recorded: Numerics | None = None, kernels: bool = 
     knew peft alone, and recorded nothing or that. `kernels`: those in Triton run on its device."""
     if _lack_in(lora):
         return PEFT
-    new = FUSED if kernels else OURS
+    new = FUSED if kernels else NORMED
     return new if recorded is None else again(recorded.functions, kernels)
 
 
@@ -57,7 +58,7 @@ def again(recorded: str | None, kernels: bool) -> str:
     """Who computes here what `recorded` computed before: the numbers of a run, and of what it delivered, go on."""
     if recorded is None or recorded not in _KERNELS:
         return PEFT
-    return recorded if kernels else OURS
+    return recorded if kernels or _KERNELS[recorded] == Kernels.NONE else NORMED
 
 
 def of_run() -> str:
@@ -101,8 +102,8 @@ def put_in(model: PeftModel, functions: str) -> None:
     kinds |= {key: _with_shared(kind_of(module), tuple(shared[key])) for key, module in modules.items()}
     for module in causal_lm.modules():
         module.__class__ = kinds.get(id(module), module.__class__)
-    if kernels:
-        rms_norms.put_in(causal_lm)
+    if functions != OURS:
+        rms_norms.put_in(causal_lm, by_kernel=kernels != Kernels.NONE)
 
 
 def say_what_stays(model: PeftModel, lora: LoraSection, sink: Sink) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora.model import rms_norms
 from qlora.model.rms_norms import form_of, put_in
 from qlora.step.kernels import operators
 from tests.families import FAMILIES, make_config, make_model
@@ -47,13 +49,15 @@ def test_any_other_norm_is_left_alone(how: str) -> None:
     assert form_of(nn.Linear(4, 4)) is None and form_of(nn.LayerNorm(8, bias=False)) is None
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_states_and_gradients_are_the_models_own(family: str) -> None:
+def test_states_and_gradients_are_the_models_own(family: str, by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rms_norms, "PART_VALUES", 400)  # a few rows at a time
     own, ours = (make_model(make_config(family)).requires_grad_(False) for _ in range(2))
     for model in (own, ours):
         model.get_input_embeddings().weight.requires_grad_()
     ours.model.norm.weight.requires_grad_()
-    count = put_in(ours)
+    count = put_in(ours, by_kernel)
     assert count == len([name for name, _ in own.named_parameters() if "norm" in name]) - 1  # the last one is trained
     ids = torch.arange(4, 34).view(2, 15)
     results = []
@@ -88,7 +92,7 @@ def test_rows_that_lie_apart_are_laid_together(monkeypatch: pytest.MonkeyPatch) 
     wide = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0)).requires_grad_()
     results = []
     own, ours = Odd(""), Odd("")
-    assert put_in(ours) == 1
+    assert put_in(ours, True) == 1
     for norm in (own, ours):
         output = torch.cat((norm(wide[..., :8]), wide[..., 8:]), dim=-1)
         results.append((output.detach(), *torch.autograd.grad(output.sigmoid().sum(), wide)))
@@ -96,9 +100,34 @@ def test_rows_that_lie_apart_are_laid_together(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(results[0][1], results[1][1])
 
 
-def test_a_norm_that_is_given_more_than_x_computes_it_itself() -> None:
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_a_norm_that_is_given_more_than_x_computes_it_itself(by_kernel: bool) -> None:
     norm, x = Gated(""), torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
     right = norm(x, x), norm(x, gate=x)
-    assert put_in(norm) == 1
+    assert put_in(norm, by_kernel) == 1
     assert torch.equal(norm(x, x), right[0]) and torch.equal(norm(x, gate=x), right[1])
     assert not torch.equal(norm(x), right[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_without_a_kernel_x_is_kept_once_and_a_cpu_takes_few_rows_at_a_time(device: str) -> None:
+    """transformers' own keeps x in float32, twice as much."""
+    rows = rms_norms.PART_VALUES // 8 + 1
+    norm, x = Odd("").bfloat16(), torch.zeros(rows, 8, dtype=torch.bfloat16, device=device, requires_grad=True)
+    assert put_in(norm.to(device), False) == 1
+    kept: list[Tensor] = []
+    with Rows() as seen, torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        norm(x).sum().backward()
+    assert sorted(one.nbytes for one in kept) == [8 * 2, rows * 4, rows * 8 * 2]  # weight, 1/root, x
+    assert seen.most == (rows - 1 if device == "cpu" else rows)
+
+
+class Rows(TorchDispatchMode):  # type: ignore[misc]
+    """The most rows of which a mean was asked."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mean.dim:
+            self.most = max(self.most, len(args[0]))
+        return func(*args, **(kwargs or {}))

@@ -182,20 +182,22 @@ def _gated_backward_plainly(grad_h: Tensor, e: Tensor, g: Tensor) -> None:
         place.copy_(value)
 
 
-def _rms_norm_plainly(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
-    wide = x.float()
+def rms_norm_plainly(x: Tensor, weight: Tensor, eps: float, from_one: bool) -> tuple[Tensor, Tensor]:
+    """`rms_norm` in torch, with one float32 copy of x at a time."""
+    wide = x.to(torch.float32, copy=True)
     inverse = torch.rsqrt(wide.pow(2).mean(-1) + eps)
-    normed = wide * inverse[:, None]
+    normed = wide.mul_(inverse[:, None])
     if from_one:
-        return (normed * (1.0 + weight.float())).to(x.dtype), inverse
+        return normed.mul_(1.0 + weight.float()).to(x.dtype), inverse
     return normed.to(x.dtype) * weight, inverse
 
 
-def _rms_norm_backward_plainly(grad_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, from_one: bool) -> Tensor:
-    weighted = grad_y.float() * (1.0 + weight.float() if from_one else weight.float())
-    normed = x.float() * inverse[:, None]
+def rms_norm_backward_plainly(grad_y: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, from_one: bool) -> Tensor:
+    """`rms_norm_backward` in torch, with three float32 copies of x at a time."""
+    weighted = grad_y.to(torch.float32, copy=True).mul_(1.0 + weight.float() if from_one else weight.float())
+    normed = x.to(torch.float32, copy=True).mul_(inverse[:, None])
     common = (weighted * normed).mean(-1, keepdim=True)
-    return ((weighted - normed * common) * inverse[:, None]).to(x.dtype)
+    return weighted.sub_(normed.mul_(common)).mul_(inverse[:, None]).to(x.dtype)
 
 
 def _dequantize_plainly(
@@ -266,12 +268,12 @@ def _register(name: str, on_card: Any, on_meta: Any, plainly: Any) -> None:
 
 _register("gated", _gated_on_card, lambda e, g: torch.empty_like(e), _gated_plainly)
 _register("gated_backward_", launching.gated_backward, lambda grad_h, e, g: None, _gated_backward_plainly)
-_register("rms_norm", _rms_norm_on_card, _rms_norm_on_meta, _rms_norm_plainly)
+_register("rms_norm", _rms_norm_on_card, _rms_norm_on_meta, rms_norm_plainly)
 _register(
     "rms_norm_backward",
     _rms_norm_backward_on_card,
     lambda grad_y, x, *rest: torch.empty_like(x),
-    _rms_norm_backward_plainly,
+    rms_norm_backward_plainly,
 )
 _register(
     "gated_adapted",
