@@ -196,14 +196,10 @@ def rows_in_block(columns: int, values_per_block: int = VALUES_PER_BLOCK) -> int
 
 def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
     """The weight (out, in) in `dtype`: code value times block constant, in fp32, rounded once."""
-    import_bitsandbytes()
-    state, ops = quantized.state, torch.ops.bitsandbytes  # asked as they are: a third less time for a small weight
-    absmax = state.absmax
-    if nested := state.state2 if state.nested else None:
-        given = (nested.absmax, nested.code, nested.blocksize, torch.float32)
-        absmax = ops.dequantize_blockwise.default(absmax, *given).add_(state.offset)
-    sizes = (state.blocksize, state.quant_type, state.shape, dtype)
-    weight: Tensor = ops.dequantize_4bit.default(quantized.data, absmax.float(), *sizes)
+    bnb = import_bitsandbytes().functional
+    state = copy.copy(quantized.state)
+    state.dtype = dtype
+    weight: Tensor = bnb.dequantize_4bit(quantized.data, state)
     return weight.reshape(state.shape)
 
 

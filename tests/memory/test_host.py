@@ -26,8 +26,8 @@ def estimator() -> Estimator:
 
 def test_the_process_is_asked_what_it_holds() -> None:
     before = estimator().held
-    more = np.ones(200 * MIB, np.uint8)
-    assert estimator().held - before > 190 * MIB and more.size
+    more = np.ones(600 * MIB, np.uint8)
+    assert estimator().held - before > 500 * MIB and more.size  # less what earlier tests give back meanwhile
 
 
 def test_what_a_run_adds_depends_on_what_it_does() -> None:

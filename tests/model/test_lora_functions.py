@@ -19,7 +19,7 @@ from qlora.events import Notice, Recorder
 from qlora.memory.simulation import Workload
 from qlora.model import adapters, lora_functions, rotary
 from qlora.model.base_folder import BaseFolder
-from qlora.model.lora_functions import OURS, PEFT, choose, say_what_stays
+from qlora.model.lora_functions import NORMED, OURS, PEFT, again, choose, say_what_stays
 from qlora.numerics import Numerics
 from qlora.recipe.sections import LoraSection
 from qlora.step.forward import CausalParts, batch_loss, forward_backward, seed_micro_batch
@@ -78,9 +78,16 @@ def classes(model: Any) -> set[str]:
     ("family", "quantization"), [("llama", "nf4"), ("qwen2", "none"), ("gemma2", "fp4"), ("phi3", "nf4")]
 )
 def test_float32_gradients_are_pefts(base_of: BaseOf, family: str, quantization: str) -> None:
-    ours, pefts = (gradients(tuned(base_of(family), who, FP32, quantization)) for who in (OURS, PEFT))
-    assert ours.keys() == pefts.keys()
-    assert max(apart({name: ours[name]}, {name: pefts[name]}) for name in pefts) <= 2e-6
+    pefts = gradients(tuned(base_of(family), PEFT, FP32, quantization))
+    for who in (OURS, NORMED):
+        model = tuned(base_of(family), who, FP32, quantization)
+        kind, before = type(model.get_base_model().model.norm).__mro__[:2]
+        assert (kind.__name__ == before.__name__) == (who == NORMED), (
+            "ours goes by the name of what it takes the place of"
+        )
+        ours = gradients(model)
+        assert ours.keys() == pefts.keys()
+        assert max(apart({name: ours[name]}, {name: pefts[name]}) for name in pefts) <= 2e-6
 
 
 @pytest.fixture
@@ -110,11 +117,12 @@ def test_float32_gradients_are_pefts_in_tiles_too(
 
 
 def test_in_bf16_tiles_are_no_farther_from_the_truth_than_peft(base_of: BaseOf, in_tiles: list[int]) -> None:
-    half = {who: gradients(tuned(base_of("llama"), who, BF16)) for who in (OURS, PEFT)}
+    half = {who: gradients(tuned(base_of("llama"), who, BF16)) for who in (NORMED, OURS, PEFT)}
     with numerics.in_force(Numerics(functions=OURS)):
         whole = gradients(tuned(base_of("llama"), OURS, BF16))
     truth = true_gradients(base_of("llama"))
     assert apart(half[OURS], truth) <= 1.05 * apart(half[PEFT], truth)
+    assert apart(half[NORMED], truth) <= 1.05 * apart(half[PEFT], truth)
     assert apart(half[OURS], truth) <= 1.05 * apart(whole, truth) and in_tiles
 
 
@@ -331,7 +339,8 @@ def test_a_rotation_that_no_kernel_knows_is_said(base_of: BaseOf, monkeypatch: p
 
 
 def test_a_run_goes_on_with_the_functions_that_it_began_with() -> None:
-    assert choose(LORA) == OURS == choose(LORA, Numerics(functions=OURS))
+    assert choose(LORA) == NORMED == choose(LORA, Numerics(functions=NORMED))
+    assert choose(LORA, Numerics(functions=OURS)) == OURS
     assert choose(LORA, Numerics()) == PEFT == choose(LORA, Numerics(functions=PEFT))
     assert lora_functions.of_run() == PEFT  # outside of runs: exports, and whoever compares with them
 
@@ -383,7 +392,7 @@ def test_kernels_are_chosen_where_they_run_and_by_runs_that_had_them() -> None:
     assert choose(LORA, None, kernels=True) == fused == choose(LORA, Numerics(functions=fused), kernels=True)
     assert choose(LORA, Numerics(functions=in_triton), kernels=True) == in_triton
     assert choose(LORA, Numerics(functions=OURS), kernels=True) == OURS
-    assert choose(LORA, Numerics(functions=in_triton)) == OURS
+    assert choose(LORA, Numerics(functions=in_triton)) == NORMED == again(fused, kernels=False)
 
 
 def test_a_few_rows_on_a_card_are_pefts(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,5 +174,5 @@ def test_attention_by_documents_is_told_and_trains_the_same(
     masked, by_documents = (write_recipe(tmp_path / name, llama) for name in ("masked", "documents"))
     one, other = train(masked, *settings, 'model.attention="sdpa"'), train(by_documents, *settings)
     assert (values(one, "plan", "attention"), values(other, "plan", "attention")) == (["sdpa"], ["one by one"])
-    assert values(one, "start", "numerics")[0]["functions"] == lora_functions.OURS
+    assert values(one, "start", "numerics")[0]["functions"] == lora_functions.NORMED
     assert values(other, "step", "loss") == pytest.approx(values(one, "step", "loss"), abs=2e-5)

@@ -26,7 +26,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> dict[str,
     """Hashes after 12 uninterrupted steps with everything on."""
     recipe = write_recipe(tmp_path_factory.mktemp("straight"), llama)
     recorder = train(recipe, *ALL)
-    assert values(recorder, "start", "numerics")[0]["functions"] == lora_functions.OURS
+    assert values(recorder, "start", "numerics")[0]["functions"] == lora_functions.NORMED
     return hashes(recipe, 12)
 
 
