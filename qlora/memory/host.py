@@ -26,9 +26,9 @@ KERNEL_BYTES = 1080 << 10
 # A study and its exam: prompts and answers as Python's objects, labels, a search over all passages.
 STUDY_BYTES = 20 * MIB
 # In the heap of blocks under a MiB (`heap.py`) tensors of a run's phases leave holes to each other, over its first ten
-# steps: of a base of 135M 17 % of the live tensors on rows of 256 tokens, 25 to 31 % on 512 and on two rows of 256, and
-# 14 % on 1,024, most of whose tensors lie outside of the heap.
-FRAGMENTATION_SHARE = 0.24
+# steps: of a base of 135M 16 % of the live tensors on packed rows of 512 tokens, 10 % on unpacked ones and on two rows
+# of 256, 6 % on 1,024, most of whose tensors lie outside of the heap.
+FRAGMENTATION_SHARE = 0.17
 
 
 def held_bytes() -> int:
