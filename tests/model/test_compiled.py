@@ -80,10 +80,11 @@ def apart(one: Gradients, other: Gradients) -> float:
 @pytest.mark.parametrize(
     ("functions", "layers", "attention", "graphs"),
     [
-        (lora_functions.OURS, True, "sdpa", 3),  # forth, back, and back of the first layer
-        (lora_functions.OURS, False, "sdpa", 2),
+        (lora_functions.NORMED, True, "sdpa", 3),  # forth, back, and back of the first layer
+        (lora_functions.NORMED, False, "sdpa", 2),
+        (lora_functions.OURS, True, "sdpa", 3),
         (lora_functions.PEFT, True, "sdpa", 3),
-        (lora_functions.OURS, True, "varlen", 3),
+        (lora_functions.NORMED, True, "varlen", 3),
     ],
 )
 def test_one_graph_without_breaks_and_the_same_numbers(
@@ -110,7 +111,7 @@ def test_other_documents_are_no_other_graph(base: Path) -> None:
     """With attention by documents: another number of them, of other lengths, in the same width."""
     from torch._dynamo.utils import counters
 
-    model = trained(base, lora_functions.OURS, True, "varlen")
+    model = trained(base, lora_functions.NORMED, True, "varlen")
     compiled.put_in(model.get_base_model(), WIDTH)
     stepped(model)
     known = counters["stats"]["unique_graphs"]
@@ -132,7 +133,7 @@ def test_other_documents_are_no_other_graph(base: Path) -> None:
 def test_evaluation_and_rows_of_another_width_are_not_compiled(base: Path) -> None:
     from torch._dynamo.utils import counters
 
-    model = trained(base, lora_functions.OURS, True)
+    model = trained(base, lora_functions.NORMED, True)
     compiled.put_in(model.get_base_model(), WIDTH + 16)
     stepped(model)
     compiled.put_in(model.get_base_model(), WIDTH)
@@ -168,7 +169,7 @@ def settled(model: Any, before: bool | None, clock: Clock, patch: pytest.MonkeyP
 def test_a_trial_keeps_what_is_faster_and_says_both_figures(
     base: Path, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = trained(base, lora_functions.OURS, True)
+    model = trained(base, lora_functions.NORMED, True)
     clock = Clock(*[2.0] * 5, 30.0, *[1.0 if faster else 2.5] * 5)
     with numerics.in_force(Numerics(compiled=None)):
         recorder = settled(model, None, clock, monkeypatch)
@@ -181,7 +182,7 @@ def test_a_trial_keeps_what_is_faster_and_says_both_figures(
 
 
 def test_what_cannot_be_compiled_is_left_or_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained(base, lora_functions.OURS, True)
+    model = trained(base, lora_functions.NORMED, True)
 
     def step() -> None:
         if any(isinstance(layer, compiled.Compiled) for layer in recomputable(model.get_base_model())):
@@ -249,7 +250,7 @@ def test_five_steps_by_inductor(base: Path, monkeypatch: pytest.MonkeyPatch, tmp
     """Kernels that are really made and run: float32, to rounding."""
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / compiled.FOLDER))
-    model = trained(base, lora_functions.OURS, True)
+    model = trained(base, lora_functions.NORMED, True)
     loss, wanted = stepped(model)
     compiled.put_in(model.get_base_model(), WIDTH)
     for _ in range(5):
