@@ -37,6 +37,7 @@ class Numerics(foreign_json.ForeignModel):
     functions: _Text | None = None  # who computes a linear layer with its adapter
     kernels: _Text | None = None  # who multiplies: on the CPU in fp32 or bf16
     mlp_tile: _Count | None = None  # rows of an MLP's tile, where rows are long: gradients are summed tile by tile
+    fp32_tokens: _Count | None = None  # of a document that a CPU attends to in fp32, at most
     compiled: bool | None = None  # layers go through torch's compiler
     dtype: _Text | None = None  # in which 16 bits layers compute: bf16 or fp16
     experts: _Text | None = None  # who multiplies with experts in 4 bit: torch in chunks, or a kernel
@@ -55,6 +56,7 @@ _WORDS = {
     "functions": "linear layers",
     "kernels": "products",
     "mlp_tile": "rows a tile of an MLP",
+    "fp32_tokens": "tokens attended to in fp32",
     "compiled": "compiled layers",
     "dtype": "model.dtype",
     "experts": "experts",

@@ -23,7 +23,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     Where something can be chosen, what was recorded is chosen again if it exists here: those are the fields that this
     function takes from `recorded`. All else is as it is.
     """
-    from qlora.model import compiled, experts, lora_functions, precision
+    from qlora.model import compiled, cpu_attention, experts, lora_functions, precision
     from qlora.model.attention import name_of
     from qlora.model.attention_choice import choose
     from qlora.model.meta_model import choose_attention, text_config
@@ -51,6 +51,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         head_block=(recorded.head_block or 0) if recorded else None,  # a new run's follows from where its head is
         functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
         mlp_tile=TILE_ROWS if recorded is None else recorded.mlp_tile,
+        fp32_tokens=cpu_attention.SHORT if recorded is None else recorded.fp32_tokens,
         compiled=compiled.choose(recipe.model.compile, device, recorded),
         dtype=precision.choose(recipe.model.dtype, device, recorded),
         experts=experts.choose(base.config, device, recorded),

@@ -9,6 +9,7 @@ import torch
 
 from qlora import device, disk, run_folder, run_numerics
 from qlora.events import Recorder
+from qlora.model import cpu_attention
 from qlora.model.resolve import resolve
 from qlora.numerics import Numerics
 from qlora.recipe.reading import load_recipe
@@ -57,8 +58,10 @@ def test_what_can_be_chosen_is_what_the_run_had(tmp_path: Path, llama: Path) -> 
     assert (again.head_block, decided(tmp_path, llama, CPU, in_blocks).head_block) == (0, 64)
     assert new.experts is None  # a model without any
     assert new.mlp_tile == TILE_ROWS and decided(tmp_path, llama, CPU, new).mlp_tile == TILE_ROWS
-    whole = new.model_copy(update={"mlp_tile": None})  # of a version that knew no tiles
-    assert decided(tmp_path, llama, CPU, whole).mlp_tile is None
+    assert new.fp32_tokens == cpu_attention.SHORT and decided(tmp_path, llama, CPU, new).fp32_tokens == new.fp32_tokens
+    older = new.model_copy(update={"mlp_tile": None, "fp32_tokens": None})  # of a version that knew no tiles
+    again = decided(tmp_path, llama, CPU, older)
+    assert (again.mlp_tile, again.fp32_tokens) == (None, None)
 
 
 def test_one_notice_names_every_difference(tmp_path: Path) -> None:

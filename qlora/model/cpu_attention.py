@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora import numerics
+
 # Tokens up to which fp32 is faster, for heads up to so wide, and for wider ones. From 768 on the kernel takes 256
 # queries at a time in place of 64 (FlashAttentionKernel.cpp), and bf16 is: 1,024 tokens in 19.7 ms, 23.6 in fp32.
 SHORT, NARROW, SHORT_OF_WIDE = 767, 64, 384
@@ -37,7 +39,8 @@ class _ByDocuments(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float | None
     ) -> Tensor:
         output_NHD, logsumexps = query.new_empty(query.shape), []  # in the order that the next layer reads
-        for place, (q, k, v) in _apart(lengths, query, key, value):
+        ctx.short = _short(query.shape[-1])
+        for place, (q, k, v) in _apart(lengths, ctx.short, query, key, value):
             found, logsumexp = _FORWARD(q, k, v, 0.0, True, scale=scale)
             output_NHD[place] = found[0].transpose(0, 1)
             logsumexps.append(logsumexp)
@@ -50,7 +53,7 @@ class _ByDocuments(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         query, key, value, output, *logsumexps = ctx.saved_tensors
         gradients = [torch.empty_like(one) for one in (query, key, value)]
-        documents = _apart(ctx.lengths, query, key, value, output, gradient)
+        documents = _apart(ctx.lengths, ctx.short, query, key, value, output, gradient)
         for (place, (q, k, v, out, grad)), logsumexp in zip(documents, logsumexps, strict=True):
             found = _BACKWARD(grad, q, k, v, out, logsumexp, 0.0, True, scale=ctx.scale)
             for whole, part in zip(gradients, found, strict=True):
@@ -58,9 +61,17 @@ class _ByDocuments(torch.autograd.Function):
         return (*gradients, None, None)
 
 
-def _apart(lengths: Sequence[int], *states: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+def _short(width: int) -> int:
+    """Tokens up to which a document is short, for heads of `width`; a run from before wide heads were told apart goes
+    on with the number of these."""
+    run = numerics.of_run()
+    most = SHORT if run is None else run.fp32_tokens or SHORT_OF_WIDE
+    return most if width <= NARROW else min(most, SHORT_OF_WIDE)
+
+
+def _apart(lengths: Sequence[int], short: int, *states: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
     """Each document's place among the N, and its part (1, heads, S, D) of each of the states (N, heads, D)."""
-    begin, short = 0, SHORT if states[0].shape[-1] <= NARROW else SHORT_OF_WIDE
+    begin = 0
     for length in lengths:
         place = slice(begin, begin + length)
         parts = [state[place].float() if length <= short else state[place] for state in states]

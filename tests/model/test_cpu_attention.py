@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora import numerics
 from qlora.model.cpu_attention import NARROW, SHORT, SHORT_OF_WIDE, by_documents
+from qlora.numerics import Numerics
 
 HEADS, SHARED, WIDTH = 4, 2, 16
 LENGTHS = (5, 1, SHORT + 16, 30)
@@ -78,9 +81,18 @@ def test_each_document_is_computed_alone_and_short_ones_in_fp32(device: str) -> 
     assert sizes == 2 * sum(LENGTHS) * WIDTH * (2 * HEADS + 2 * SHARED), "query, key, value, output: no copies"
 
 
-@pytest.mark.parametrize("width", [NARROW, NARROW + 8])
-def test_of_wide_heads_fewer_are_short(width: int) -> None:
-    with Seen() as seen:
+@pytest.mark.parametrize(
+    ("width", "run", "short"),
+    [
+        (NARROW, None, SHORT),
+        (NARROW + 8, None, SHORT_OF_WIDE),
+        (NARROW, Numerics(fp32_tokens=SHORT), SHORT),
+        (NARROW + 8, Numerics(fp32_tokens=SHORT), SHORT_OF_WIDE),
+        (NARROW, Numerics(), SHORT_OF_WIDE),  # began before heads were told apart
+        (NARROW, Numerics(fp32_tokens=4), 4),
+    ],
+)
+def test_of_wide_heads_and_in_runs_of_before_fewer_are_short(width: int, run: Numerics | None, short: int) -> None:
+    with Seen() as seen, nullcontext() if run is None else numerics.in_force(run):
         by_documents(*drawn(torch.bfloat16, "meta", width, OF_WIDE), OF_WIDE, None)
-    short = SHORT if width <= NARROW else SHORT_OF_WIDE
     assert seen.queries == [(length, torch.float32 if length <= short else torch.bfloat16) for length in OF_WIDE]
