@@ -18,21 +18,23 @@ def usable_cores() -> int:
 def are_free() -> bool:
     """Whether all of its cores are this process' for its whole time, and others compute on less than half as many now.
 
-    Others are threads that can run (proc(5), /proc/loadavg): of three looks the one that saw fewest, since one that
+    Others are threads that can run (proc(5), /proc/loadavg), but for the one that looks: up to three times, since who
     computes is in all of them. False where that is not told.
     """
     cores = usable_cores()
     if cores < _bound():
         return False
     try:
-        others = min(_runnable() for _ in range(3)) - 1  # one of them looks
+        for pause in (0.0, 0.002, 0.002):  # seconds
+            time.sleep(pause)
+            if 2 * (_runnable() - 1) < cores:
+                return True
     except (OSError, ValueError, IndexError):
         return False
-    return 2 * others < cores
+    return False
 
 
 def _runnable() -> int:
-    time.sleep(0.002)
     return int(_LOAD.read_text().split()[3].split("/")[0])
 
 

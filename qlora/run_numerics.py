@@ -40,6 +40,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
     if recorded is not None and before is None and not hardware.is_card(device):
         before = named  # from before this was recorded: a CPU attended with a mask
     kernel, _ = choose(text, named, wanted, device, before)
+    fp32_tokens = cpu_attention.SHORT if recorded is None else recorded.fp32_tokens
     chunk = chunk_tokens(text.vocab_size, hardware.is_card(device))
     exact = recipe.train.deterministic and (recorded is None or recorded.deterministic is not False)
     return Numerics(
@@ -51,7 +52,7 @@ def decide(recipe: Recipe, base: BaseFolder, device: torch.device, recorded: Num
         head_block=(recorded.head_block or 0) if recorded else None,  # a new run's follows from where its head is
         functions=lora_functions.choose(recipe.lora, recorded, trial.work(device)),
         mlp_tile=TILE_ROWS if recorded is None else recorded.mlp_tile,
-        fp32_tokens=cpu_attention.SHORT if recorded is None else recorded.fp32_tokens,
+        fp32_tokens=None if hardware.is_card(device) else fp32_tokens,
         compiled=compiled.choose(recipe.model.compile, device, recorded),
         dtype=precision.choose(recipe.model.dtype, device, recorded),
         experts=experts.choose(base.config, device, recorded),

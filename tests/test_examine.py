@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run with an exam of two questions, as a study leaves it."""
     folder = tmp_path_factory.mktemp("examined")
     recipe = runs.write_recipe(folder, make_base("llama", folder / "base"))
-    runs.train(recipe, "train.max_steps=2", "data.max_length=96", "eval.samples=0", "eval.exact_match_rows=0")
+    settings = ("train.max_steps=2", "data.max_length=96", "eval.samples=0", "eval.exact_match_rows=0")
+    runs.train(recipe, *settings, "train.seed=1")  # by 42 two of four answers are ties
     run_dir = runs.run_dir(recipe)
     study = run_dir / "study"
     study.mkdir()
@@ -87,12 +87,9 @@ def test_exports_are_asked_in_the_adapter_s_place(run: Path) -> None:
         assert figures["parts"]["words"]["columns"]["base"] == own["parts"]["words"]["columns"]["base"]
         lines = (run / "study" / "exam_answers.jsonl").read_text("utf-8").splitlines()
         texts[of.name] = [json.loads(line)["text"] for line in lines][-4:]
-    # The same greedy answers by transformers and by llama.cpp, up to a tie: two steps leave the last of four tokens
-    # near one in two of four answers, of which what stands before it is the same (21 of 25 characters).
+    # The same greedy answers by transformers and by llama.cpp, up to a tie.
     first, second = texts.values()
-    pairs = [zip(one, other, strict=False) for one, other in zip(first, second, strict=True)]
-    alike = [list(takewhile(lambda pair: pair[0] == pair[1], answers)) for answers in pairs]
-    assert sum(map(len, alike)) >= 0.7 * sum(map(len, first)) > 0
+    assert sum(a == b for a, b in zip(first, second, strict=True)) >= 3
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def test_a_card_is_known_by_its_name(tmp_path: Path, llama: Path, monkeypatch: p
     monkeypatch.setattr(device, "capability", lambda _: (8, 9))
     found = decided(tmp_path, llama, CARD, None, "train.deterministic=false")
     assert (found.device, found.capability, found.threads) == ("NVIDIA GeForce RTX 4090", "8.9", None)
-    assert found.deterministic is False
+    assert found.deterministic is False and found.fp32_tokens is None
 
 
 def test_what_can_be_chosen_is_what_the_run_had(tmp_path: Path, llama: Path) -> None:

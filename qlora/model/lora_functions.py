@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from qlora.recipe.sections import LoraSection
 
-OURS, PEFT = "qlora", "peft"  # who computes a linear layer with its adapter
-NORMED = "qlora, norms too"  # ours, and norms by a function of torch's operations
+OURS, PEFT = "qlora", "peft"  # who computes a linear layer with its adapter; runs of before had the first
+NORMED = "qlora, norms too"  # ours, and norms by a function of torch's operations: a new run's without Triton
 IN_TRITON = "qlora in Triton"  # ours, with what lies between products in kernels: norms and dequantizing too
 FUSED = "qlora in Triton, fused"  # and queries and keys are turned by a kernel; adapters of an MLP are added in one
 _KERNELS = {OURS: Kernels.NONE, NORMED: Kernels.NONE, IN_TRITON: Kernels.SINGLE, FUSED: Kernels.FUSED}

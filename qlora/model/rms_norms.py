@@ -1,9 +1,7 @@
 """Norms that are RMSNorm in either of its two forms, as one function: known by what they give, not by name.
 
 Where there are kernels it is one of them; elsewhere torch computes it, with fewer passes than autograd's own, and half
-of what that keeps (x as it came, and not in float32). A CPU takes a few rows at a time: float32 copies of whole tensors
-are memory that is mapped anew (`heap.py`; 512 x 576, forward and backward: 2.3 ms as transformers has it, 0.87 as a
-whole, 0.63 so; 1,024 x 576: 8.8, 4.4 and 1.4; two threads of an EPYC).
+of what that keeps (x as it came, and not in float32).
 
 A module with one vector of weights and an epsilon is tried on numbers of its own: a copy of it, with weights that are
 drawn, is called on the CPU. What gives the very bits of a form (`step/kernels/operators.py`) is that form.
@@ -12,7 +10,6 @@ drawn, is called on the CPU. What gives the very bits of a form (`step/kernels/o
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +25,6 @@ from qlora.step.kernels.launching import LARGEST_ROW
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")  # as modules call it
 _KINDS = (torch.float32, torch.bfloat16)
 _WIDTH = 24  # of the trial
-PART_VALUES = 1 << 17  # that a CPU takes at a time: half a MiB in float32
 
 
 def put_in(model: nn.Module, by_kernel: bool) -> int:
@@ -69,54 +65,25 @@ def form_of(module: nn.Module) -> tuple[float, bool] | None:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, eps: float, from_one: bool) -> Tensor:
-        y_ND, inverse_N = operators.rms_norm(x_ND, weight, eps, from_one)
+    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, eps: float, from_one: bool, by_kernel: bool) -> Tensor:
+        forth = operators.rms_norm if by_kernel else operators.rms_norm_plainly
+        y_ND, inverse_N = forth(x_ND, weight, eps, from_one)
         ctx.save_for_backward(x_ND, weight, inverse_N)
-        ctx.from_one = from_one
+        ctx.from_one, ctx.by_kernel = from_one, by_kernel
         return y_ND
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x_ND, weight, inverse_N = ctx.saved_tensors
-        into_ND = operators.rms_norm_backward(gradient.contiguous(), x_ND, weight, inverse_N, ctx.from_one)
-        return into_ND, None, None, None
-
-
-class _PlainNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, eps: float, from_one: bool) -> Tensor:
-        found = [operators.rms_norm_plainly(x, weight, eps, from_one) for x in _parts(x_ND)]
-        y_ND, inverse_N = (_together(one) for one in zip(*found, strict=True))
-        ctx.save_for_backward(x_ND, weight, inverse_N)
-        ctx.from_one = from_one
-        return y_ND
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x_ND, weight, inverse_N = ctx.saved_tensors
-        parts, begin, found = zip(_parts(gradient), _parts(x_ND), strict=True), 0, []
-        for grad, x in parts:
-            inverse = inverse_N[begin : begin + len(x)]
-            found.append(operators.rms_norm_backward_plainly(grad, x, weight, inverse, ctx.from_one))
-            begin += len(x)
-        return _together(found), None, None, None
-
-
-def _parts(x_ND: Tensor) -> Sequence[Tensor]:
-    """Rows that are computed at a time, at least one even of no rows."""
-    return torch.split(x_ND, max(1, PART_VALUES // x_ND.shape[-1])) if x_ND.is_cpu else (x_ND,)
-
-
-def _together(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        back = operators.rms_norm_backward if ctx.by_kernel else operators.rms_norm_backward_plainly
+        into_ND = back(gradient.contiguous(), x_ND, weight, inverse_N, ctx.from_one)
+        return into_ND, None, None, None, None
 
 
 @lru_cache(64)
 def _normed(kind: Any, eps: float, from_one: bool, by_kernel: bool) -> Any:
     """A norm whose forward pass is the function's, for tensors whose type is that of its weight."""
-    function: Any = _RmsNorm if by_kernel else _PlainNorm
 
     class OneNorm(kind):  # type: ignore[misc]
         def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
@@ -124,6 +91,7 @@ def _normed(kind: Any, eps: float, from_one: bool, by_kernel: bool) -> Any:
                 return super().forward(x, *args, **named)  # type: ignore[no-any-return]
             # A kernel reads row behind row: of a slice (latent attention's, a gated query's) a copy.
             x_ND = x.reshape(-1, x.shape[-1]).contiguous()
-            return function.apply(x_ND, self.weight, eps, from_one).view(x.shape)  # type: ignore[no-any-return]
+            normed_ND = _RmsNorm.apply(x_ND, self.weight, eps, from_one, by_kernel)  # type: ignore[no-untyped-call]
+            return normed_ND.view(x.shape)  # type: ignore[no-any-return]
 
     return called_as(kind, OneNorm)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qlora.model import rms_norms
 from qlora.model.rms_norms import form_of, put_in
 from qlora.step.kernels import operators
 from tests.families import FAMILIES, make_config, make_model
@@ -52,7 +51,7 @@ def test_any_other_norm_is_left_alone(how: str) -> None:
 @pytest.mark.parametrize("by_kernel", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_states_and_gradients_are_the_models_own(family: str, by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rms_norms, "PART_VALUES", 400)  # a few rows at a time
+    monkeypatch.setattr(operators, "PART_VALUES", 400)  # a few rows at a time
     own, ours = (make_model(make_config(family)).requires_grad_(False) for _ in range(2))
     for model in (own, ours):
         model.get_input_embeddings().weight.requires_grad_()
@@ -112,7 +111,7 @@ def test_a_norm_that_is_given_more_than_x_computes_it_itself(by_kernel: bool) ->
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_without_a_kernel_x_is_kept_once_and_a_cpu_takes_few_rows_at_a_time(device: str) -> None:
     """transformers' own keeps x in float32, twice as much."""
-    rows = rms_norms.PART_VALUES // 8 + 1
+    rows = operators.PART_VALUES // 8 + 1
     norm, x = Odd("").bfloat16(), torch.zeros(rows, 8, dtype=torch.bfloat16, device=device, requires_grad=True)
     assert put_in(norm.to(device), False) == 1
     kept: list[Tensor] = []

@@ -212,7 +212,10 @@ def summary(settings: Settings, found: Mapping[str, list[dict[str, Any]]], name:
             for stack, other in medians.items()
             if stack not in ("qlora", PACKED)
         },
-        "share_of_limit": statistics.median(turn.get("share_of_limit", 0.0) for turn in found["qlora"]) or None,
+        **{
+            share: statistics.median(turn.get(share, 0.0) for turn in found["qlora"]) or None
+            for share in ("share_of_limit", "share_of_fp32")
+        },
         "share_of_ideal": ideal_share(settings, found["qlora"][0]["device"], ours["trained_tokens_per_second"]),
         "turns": dict(found),
     }
@@ -272,7 +275,8 @@ def show(report: Mapping[str, Any]) -> None:
         told = f"{ratio['trained_tokens_per_second']:.2f}× as fast, {ratio['peak_bytes']:.2f}× the peak"
         print(f"ours against {stack}: {told}")
     if report["share_of_limit"] is not None:
-        print(f"of what the processor's matrix products allow: {report['share_of_limit']:.1%}")
+        told = f"{report['share_of_limit']:.1%}, of those in float32 {report['share_of_fp32']:.1%}"
+        print(f"of what the processor's matrix products allow: {told}")
     if report["share_of_ideal"] is not None:
         print(f"share of the ideal: {report['share_of_ideal']:.1%}")
 

@@ -51,10 +51,8 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def measured(settings: Settings, base: BaseFolder, device: torch.device, before: int) -> dict[str, Any]:
     """Speed and peak of `settings.steps` steps; `before`, what the process held until now."""
-    run = numerics.of_run()
     model = load.load_base(base, QuantizationSection(), "auto", device, Sinks())
-    functions = run.functions if run else None
-    peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0, functions=functions)
+    peft_model = adapters.attach(model, LoraSection(r=settings.r, alpha=32), 0)
     causal_lm = peft_model.get_base_model()
     set_gradient_checkpointing(causal_lm, settings.gradient_checkpointing, keep_random_state=False)
     parts = CausalParts.of(causal_lm)
