@@ -48,9 +48,9 @@ def let_waiting_threads_sleep() -> None:
     """Have OpenMP's threads sleep soon after their work has run out. Before torch is imported; children inherit it.
 
     By itself a thread that waits for the others burns its core for milliseconds, also while the one it waits for has
-    lost its core to another program: beside two busy processes a step of the quickstart took more than four times as
-    long as with 1,000 looks, some 50 µs. Where nobody else computes, 4,000 are as fast as libgomp's own 300,000, and a
-    fifth faster than 1,000 (both curves: tools/bench/README.md). GOMP_SPINCOUNT is libgomp's (torch on Linux),
+    lost its core to another program: beside two busy processes a step of the quickstart took 9 s in two of three runs,
+    0.22 with 1,000 looks, some 50 µs. Where nobody else computes, 4,000 are as fast as libgomp's own 300,000: 0.12 s,
+    and 0.17 with 1,000 (tools/bench/README.md). GOMP_SPINCOUNT is libgomp's (torch on Linux),
     KMP_BLOCKTIME libomp's (macOS, Windows), in milliseconds. Whoever has set one of them, or OMP_WAIT_POLICY, decides.
     """
     if not any(name in os.environ for name in (*WAITING_THREADS, "OMP_WAIT_POLICY")):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUSY_PROCESSES = 2
-SETTINGS = ["OMP_WAIT_POLICY=passive", *(f"GOMP_SPINCOUNT={count}" for count in (300000, 30000, 10000, 3000, 1000))]
+SETTINGS = ["OMP_WAIT_POLICY=passive", *(f"GOMP_SPINCOUNT={count}" for count in (300000, 30000, 10000, 4000, 1000))]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
