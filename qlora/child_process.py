@@ -51,6 +51,11 @@ def limit_itself(limits: Mapping[str, int]) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
+def how_it_ended(code: int | None) -> str:
+    """A child's exit code in words: a negative one is the signal that ended it."""
+    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+
+
 @contextmanager
 def life_line() -> Iterator[int]:
     """A file descriptor for a child's stdin, through which it sees that we have gone."""

@@ -64,10 +64,10 @@ def parquet_rows(file: SourceFile) -> Iterator[Item]:
         try:
             number, total = yield from _rows(file, process.stdout)
             file.check_unchanged(os.fstat(opened.fileno()))
-            if code := process.wait():
-                raise _broken(file, number, _end_of(code))
+            # When all rows are here, a native library that crashes while its process ends has lost none of them.
             if number != total:
-                raise _broken(file, number, f"it has {number:,} rows, but says {total:,}")
+                code = process.wait()
+                raise _broken(file, number, _end_of(code) if code else f"it has {number:,} rows, but says {total:,}")
         finally:
             process.kill()
             process.wait()
@@ -119,7 +119,7 @@ def unmarked(value: dict[str, Any]) -> Any:
 def _end_of(code: int) -> str:
     if code == -getattr(signal, "SIGPROF", 0):
         return f"a few of its rows take more than {parquet_worker.BATCH_SECONDS} s to decode"
-    return "it ended the process that reads it"
+    return f"it ended the process that reads it ({child_process.how_it_ended(code)})"
 
 
 def _broken(file: SourceFile, number: int, reason: str) -> DataError:

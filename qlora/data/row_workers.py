@@ -191,8 +191,7 @@ class _Worker:
         self._process.wait()
 
     def how_it_ended(self) -> str:
-        code = self._process.wait()
-        return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        return f"ended with {child_process.how_it_ended(self._process.wait())}"
 
     def _receive(self, answers: queue.SimpleQueue[tuple[_Worker, bytes | None]]) -> None:
         stream = self._process.stdout

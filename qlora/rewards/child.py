@@ -92,8 +92,8 @@ class RewardChild:
             raise RewardError(what, "make it faster, or raise train.reward_timeout") from None
         if not line.endswith(b"\n"):
             self.close()
-            code = self._process.returncode
-            why = f"writes more than {MAX_REPLY_BYTES >> 20} MiB" if line else f"ended its process (exit code {code})"
+            end = child_process.how_it_ended(self._process.returncode)
+            why = f"writes more than {MAX_REPLY_BYTES >> 20} MiB" if line else f"ended its process ({end})"
             raise RewardError(f"the reward {self.name} {why}{self._last_words()}", self.hint)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

@@ -171,6 +171,25 @@ def test_a_file_that_says_more_rows_than_it_has_is_refused(tmp_path: Path) -> No
     assert end.value.value == (2, 3)
 
 
+@pytest.mark.parametrize("ending", ["os.abort()", "os._exit(3)"])
+def test_a_process_that_crashes_behind_its_last_row_has_lost_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Native libraries may crash while their process ends; one that ends before all rows are here is told."""
+    path = write(tmp_path / "a.parquet", {"text": ["a"] * 700})
+    script = tmp_path / "worker.py"
+    source = Path(parquet_worker.__file__).read_text(encoding="utf-8")
+    script.write_text(f"{source}    sys.stdout.flush()\n    {ending}\n", encoding="utf-8")
+    monkeypatch.setattr(parquet_worker, "__file__", str(script))
+    assert rows(path) == [{"text": "a"}] * 700
+    early = source.replace("            set_alarm()\n        return\n", f"            {ending}\n        return\n")
+    assert early != source
+    script.write_text(early, encoding="utf-8")
+    how = "signal 6" if "abort" in ending else "exit code 3"
+    with pytest.raises(DataError, match=rf"a\.parquet:257: .*it ended the process that reads it \({how}\)"):
+        rows(path)
+
+
 def test_decoding_ends_when_nobody_reads_on(tmp_path: Path) -> None:
     found = parquet.parquet_rows(
         find_files(str(write(tmp_path / "a.parquet", {"text": ["a"] * 9_000})), [".parquet"]).files[0]

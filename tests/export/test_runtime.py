@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from qlora.errors import ExportError
 from qlora.events import Recorder
+from qlora.export import child
 from qlora.export.gguf import plan as planning
 from qlora.export.gguf import vocab
 from qlora.export.gguf.metadata import entries
@@ -176,6 +178,17 @@ def test_a_file_that_aborts_the_process_does_not_abort_ours(file: Path, tmp_path
 
 def test_a_child_that_takes_too_long_is_ended(file: Path) -> None:
     assert "did not answer within 0 s" in refused(file, Request(rows=ROWS), limit_seconds=0.1).what
+
+
+@pytest.mark.parametrize("code", [-6, None])
+def test_how_the_process_ends_after_its_answer_changes_nothing(
+    file: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    """Native libraries may crash, or hang, while their process ends."""
+    run = child.run
+    monkeypatch.setattr(child, "run", lambda *what: replace(run(*what), code=code))
+    with ask(RUNTIME, file, Request(rows=ROWS)) as answer:
+        assert answer.logprobs_NV.shape[0] == sum(len(positions) for _, positions in ROWS)
 
 
 def test_a_library_of_another_kind_is_refused(file: Path) -> None:

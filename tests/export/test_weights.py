@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from qlora.errors import ExportError
+from qlora.export import child
 from qlora.export.verify.weights import check_companions, folder_target, reopen
 from tests.export.reopened import QUANTS, Case
 from tests.families import END_OF_TURN_ID
@@ -40,6 +41,13 @@ def test_a_child_that_dies_or_hangs_is_an_error_of_two_lines(case: Case, monkeyp
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(ExportError, match=r"verification failed: no message \(exit code 1\)"):
         reopen(case.merge, {})
+
+
+def test_how_the_child_ends_after_its_answer_changes_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = child.run
+    monkeypatch.setattr(child, "run", lambda *what: replace(run(*what), code=-6))
+    found = reopen(case.merge, {"hf": folder_target(case.folder, torch.bfloat16)})
+    assert found["hf"] and all(check.ok for check in found["hf"])
 
 
 def test_companions(case: Case, tmp_path: Path) -> None:

@@ -117,4 +117,4 @@ def _why(code: int | None, late: bool, received: int) -> str:
         return f"it takes more than {worker.SECONDS} seconds to be read"
     if received >= _REPLY_BYTES:
         return "it becomes more text than a document may have"
-    return "it ended the process that reads it"
+    return f"it ended the process that reads it ({child_process.how_it_ended(code)})"

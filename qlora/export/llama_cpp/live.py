@@ -188,7 +188,7 @@ class Live:
         if code == -9 or any(map(out_of_memory.is_report, lines[-12:])):
             what = f"{self.file}: out of memory while llama.cpp read or computed it"
             return DoesNotFit(what, _MEMORY_HINT)
-        how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+        how = child_process.how_it_ended(code)
         return ExportError(f"{self.file}: {self._with_complaint('llama.cpp crashed')} ({how})", _HINT)
 
     def _with_complaint(self, reason: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qlora import child_process
 from qlora.errors import DoesNotFit, ExportError
 from qlora.export import child
 from qlora.export.llama_cpp.library import find_llama
@@ -119,17 +120,16 @@ def threads() -> int:
 
 def _answer_of_child(file: Path, done: child.Outcome, seconds: float) -> Mapping[str, Any]:
     hint = "export again; if it happens again, use verify=False and report the file's quant and base"
+    if "tokens" in done.answer:  # the last that is written: how the libraries then end their process changes nothing
+        return done.answer
     if done.code is None:
         raise ExportError(f"{file}: llama.cpp did not answer within {seconds:.0f} s", hint)
-    if done.code == 0 and "tokens" in done.answer:
-        return done.answer
     if done.ran_out_of_memory:
         what = f"{file}: out of memory while llama.cpp read it"
         raise DoesNotFit(what, "end other programs that hold memory, or use verify=False to keep the file")
-    how = f"ended by signal {-done.code}" if done.code < 0 else f"exit code {done.code}"
     complaint = done.last_line("error", "assert", "invalid")
     reason = ": ".join(part for part in (done.answer.get("failed"), complaint) if part)
-    raise ExportError(f"{file}: {reason or 'llama.cpp crashed'} ({how})", hint)
+    raise ExportError(f"{file}: {reason or 'llama.cpp crashed'} ({child_process.how_it_ended(done.code)})", hint)
 
 
 def _mapped(file: Path, path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:

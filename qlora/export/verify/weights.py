@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qlora import child_process
 from qlora.errors import DoesNotFit, ExportError
 from qlora.export import child
 from qlora.export.gguf.metadata import Entry
@@ -95,15 +96,19 @@ def reopen(merge: Merge, targets: Mapping[str, Target], limit_seconds: float | N
     seconds = limit_seconds or _START_SECONDS + total_bytes(merge.base.tensors.values()) / _BYTES_PER_SECOND
     with tempfile.TemporaryDirectory(prefix="qlora-verify-") as name:
         done = child.run(_CHILD, request, Path(name), seconds)
-    if done.code is None:
-        raise ExportError(f"verification did not end within {seconds:.0f} s", _HINT)
-    if "results" not in done.answer and done.ran_out_of_memory:
-        raise DoesNotFit("out of memory while verifying the export's weights", _MEMORY_HINT)
-    if "results" not in done.answer:
-        reason = done.answer.get("failed") or done.last_line() or "no message"
-        raise ExportError(f"verification failed: {reason} (exit code {done.code})", _HINT)
+    if "results" not in done.answer:  # with them, how the process then ended changes nothing
+        raise _failure(done, seconds)
     found = zip(targets, done.answer["results"], strict=True)
     return {key: [Check(*result) for result in results] for key, results in found}
+
+
+def _failure(done: child.Outcome, seconds: float) -> ExportError | DoesNotFit:
+    if done.code is None:
+        return ExportError(f"verification did not end within {seconds:.0f} s", _HINT)
+    if done.ran_out_of_memory:
+        return DoesNotFit("out of memory while verifying the export's weights", _MEMORY_HINT)
+    reason = done.answer.get("failed") or done.last_line() or "no message"
+    return ExportError(f"verification failed: {reason} ({child_process.how_it_ended(done.code)})", _HINT)
 
 
 def check_companions(merge: Merge, folder: Path, end_ids: Sequence[int]) -> list[Check]:

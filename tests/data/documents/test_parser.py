@@ -55,7 +55,7 @@ def test_a_file_that_ends_the_process_is_an_error_and_the_next_gets_another(
     script.write_text(text.replace("        data = req", "        set_alarm(1)\n        data = req"), encoding="utf-8")
     monkeypatch.setattr(worker, "__file__", str(script))
     with parser() as opened:
-        assert reason(opened, ".md", b"end") == "it ended the process that reads it"
+        assert reason(opened, ".md", b"end") == "it ended the process that reads it (exit code 9)"
         assert opened.parse(".md", GOOD).blocks
         assert reason(opened, ".md", b"turn") == "it takes more than 120 seconds to be read"
         assert opened.parse(".md", GOOD).blocks
@@ -76,7 +76,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr(worker, "__file__", str(script))
     with parser() as opened:
         told = reason(opened, ".txt", b"word and " * 4_000_000)
-        assert "of memory to be read" in told or told == "it ended the process that reads it"
+        assert "of memory to be read" in told or told.startswith("it ended the process that reads it")
         assert opened.parse(".txt", b"word and ").blocks
 
 
