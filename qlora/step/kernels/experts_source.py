@@ -6,7 +6,7 @@ is, and a program finds its own from where experts end. Weights are decoded into
 constant of its block, in float32, rounded to the type of the rows, as a weight that is dequantized whole.
 """
 
-# mypy: disable-error-code="import-not-found, no-untyped-def, untyped-decorator, no-any-return, name-defined"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return, name-defined"
 from __future__ import annotations
 
 import triton

@@ -3,7 +3,7 @@
 Numbers are read in their own type, computed in float32 and rounded once, as they are written.
 """
 
-# mypy: disable-error-code="import-not-found, no-untyped-def, untyped-decorator, no-any-return, name-defined"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-any-return, name-defined"
 from __future__ import annotations
 
 import triton
