@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora.memory import simulate
+from qlora.memory import repeated, simulate
 from qlora.memory.repeated import RepeatedOperations
 from qlora.memory.simulate import Simulator
 from qlora.memory.simulation import ModelSpec, Workload
@@ -41,8 +41,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def asked(func: Any, *questions: tuple[Any, ...]) -> tuple[int, list[Any]]:
     """How often it was asked for these questions, and the answers."""
-    counting, repeated = Counting(func), RepeatedOperations()
-    answers = [repeated.call(counting, question, {}) for question in questions]
+    counting, answering = Counting(func), RepeatedOperations()
+    answers = [answering.call(counting, question, {}) for question in questions]
     return counting.asked, answers
 
 
@@ -78,6 +78,23 @@ def test_what_lies_in_what_is_given_does_so_each_time(func: Any, question: tuple
     assert count == 2
     given = question[0].untyped_storage()._cdata
     assert all(one.untyped_storage()._cdata == given for one in (second if isinstance(second, list) else [second]))
+
+
+def test_what_writes_into_its_first_operand_is_checked_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting = Counting(aten.addmm_.default)
+    monkeypatch.setattr(repeated, "IN_PLACE", {counting})
+    answers = RepeatedOperations()
+    into, left, right = empty(4, 8), empty(4, 2), empty(2, 8)
+    for _ in range(3):
+        assert answers.call(counting, (into, left, right), {}) is into
+    assert counting.asked == 1
+    for _ in range(2):  # what is wrong is so each time
+        with pytest.raises(RuntimeError):
+            answers.call(counting, (into, left, empty(3, 8)), {})
+    real = torch.zeros(1, 1)
+    for _ in range(2):
+        answers.call(counting, (real, torch.ones(1, 1), torch.ones(1, 1)), {})
+    assert real.item() == 2 and counting.asked == 5
 
 
 def test_real_tensors_are_asked_each_time() -> None:
