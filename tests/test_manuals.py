@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,22 @@ from qlora.recipe.reading import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "manuals.toml"
+DOCUMENTS = ("lamps.docx", "valves.md", "sites-and-plans.pdf")  # each kind but one, which takes half of the time of all
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """One run with a shorter exam; its folder `study/` and the figures of its exam."""
+    """One run over three of the five documents with a shorter exam; its folder `study/` and the figures of its exam."""
+    documents = tmp_path_factory.mktemp("documents")
+    for name in DOCUMENTS:
+        shutil.copy(RECIPE.parent / "manuals" / "documents" / name, documents)
     changes = [
+        f'data.documents=[{{path="{documents.as_posix()}", about="handbook of Tarvell"}}]',
         f"output.dir={tmp_path_factory.mktemp('runs')}",
         "study.questions=16",
-        "exam.questions=80",
-        "exam.left_out=0.08",
+        "exam.questions=60",
+        "exam.left_out=0.1",
     ]
     recorder = Recorder()
     result = api.train(load_recipe(RECIPE, changes), name="manuals", sink=recorder)
@@ -39,7 +45,7 @@ def share(figures: dict[str, Any], part: str, column: str) -> float:
 
 def test_it_learns_what_the_handbook_says(run: tuple[Path, dict[str, Any]]) -> None:
     _, figures = run
-    assert figures["parts"]["words"]["questions"] >= 60
+    assert figures["parts"]["words"]["questions"] >= 40
     print({column: share(figures, "words", column) for column in figures["parts"]["words"]["columns"]})
     assert share(figures, "words", "base") <= 0.1
     assert share(figures, "words", "base_passage") >= 0.85
@@ -48,7 +54,7 @@ def test_it_learns_what_the_handbook_says(run: tuple[Path, dict[str, Any]]) -> N
 
 def test_what_was_left_out_stays_unknown(run: tuple[Path, dict[str, Any]]) -> None:
     _, figures = run
-    assert figures["parts"]["left_out"]["questions"] >= 20
+    assert figures["parts"]["left_out"]["questions"] >= 15
     assert share(figures, "left_out", "tuned") <= share(figures, "left_out", "base") + 0.1
 
 
