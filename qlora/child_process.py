@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import sys
 import sysconfig
 import threading
@@ -51,9 +52,16 @@ def limit_itself(limits: Mapping[str, int]) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-def how_it_ended(code: int | None) -> str:
-    """A child's exit code in words: a negative one is the signal that ended it."""
-    return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+def has_crashed(code: int) -> bool:
+    """Whether a child was ended by a signal (a negative code), or as Windows ends one that crashes."""
+    return code < 0 or code >= 0xC0000000  # NTSTATUS, severity error
+
+
+def how_it_ended(code: int) -> str:
+    """A child's exit code in words, a signal by its name."""
+    if code < 0:
+        return signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"exit code {code:#x}" if has_crashed(code) else f"exit code {code}"
 
 
 @contextmanager

@@ -67,22 +67,23 @@ def parquet_rows(file: SourceFile) -> Iterator[Item]:
             # When all rows are here, a native library that crashes while its process ends has lost none of them.
             if number != total:
                 code = process.wait()
-                raise _broken(file, number, _end_of(code) if code else f"it has {number:,} rows, but says {total:,}")
+                ended = bool(code) or total is None
+                raise _broken(file, number, _end_of(code) if ended else f"it has {number:,} rows, but says {total:,}")
         finally:
             process.kill()
             process.wait()
             process.stdout.close()
 
 
-def _rows(file: SourceFile, lines: IO[bytes]) -> Generator[Item, None, tuple[int, int]]:
-    """The rows, and in the end how many came and how many there should be."""
-    number = decoded_bytes = total = 0
-    first = True
+def _rows(file: SourceFile, lines: IO[bytes]) -> Generator[Item, None, tuple[int, int | None]]:
+    """The rows, and in the end how many came and how many there should be: None where not even that came."""
+    number = decoded_bytes = 0
+    total = None
     while (line := lines.readline(MAX_ROW_BYTES + 2)).endswith(b"\n"):  # without one the process has gone
         if line.startswith(b"["):
             raise _broken(file, number, json.loads(line)[0])
-        if first:
-            total, first = int(line), False
+        if total is None:
+            total = int(line)
             continue
         number += 1
         decoded_bytes += len(line) if line.startswith(b"{") else int(line)

@@ -131,14 +131,10 @@ def _next(child: _Child, stage: str, seconds: float) -> Trial:
 def death(child: _Child) -> str:
     """How a child ended that gave no answer, with the last line that it printed."""
     code = child.process.returncode
-    how = f"it ended the process by exit code {code}"
-    if code is None:
-        how = "it closed its output"
-    elif code < 0:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        how = f"it crashed ({name})"
-    elif code >= 0xC0000000:  # Windows' own codes for crashes (NTSTATUS, severity error)
-        how = f"it crashed ({code:#x})"
+    how = "it closed its output"
+    if code is not None:
+        end = child_process.how_it_ended(code)
+        how = f"it crashed ({end})" if child_process.has_crashed(code) else f"it ended the process by {end}"
     printed = [text for one in child.printed if (text := " ".join(one.decode("utf-8", "replace").split()))]
     return f"{how}: {shown.one_line(printed[-1])[:200]}" if printed else how
 

@@ -123,7 +123,7 @@ def test_an_answer_that_fails_ends_the_request_and_not_the_server(
 
 def test_a_crash_over_the_question_is_not_told_as_a_fault_of_the_question(live: ToyLlama) -> None:
     def crash(text: str) -> list[int]:
-        raise ExportError("/models/toy.gguf: llama.cpp crashed (signal 11)", "export it again")
+        raise ExportError("/models/toy.gguf: llama.cpp crashed (SIGSEGV)", "export it again")
 
     with served(live) as (server, _):
         assert call(server, HI)[0] == 200

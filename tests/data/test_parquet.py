@@ -185,9 +185,14 @@ def test_a_process_that_crashes_behind_its_last_row_has_lost_none(
     early = source.replace("            set_alarm()\n        return\n", f"            {ending}\n        return\n")
     assert early != source
     script.write_text(early, encoding="utf-8")
-    how = "signal 6" if "abort" in ending else "exit code 3"
+    how = "SIGABRT" if "abort" in ending else "exit code 3"
     with pytest.raises(DataError, match=rf"a\.parquet:257: .*it ended the process that reads it \({how}\)"):
         rows(path)
+    # One that says nothing at all has not said that the file is empty.
+    for nothing, end in ((ending, how), ("os._exit(0)", "exit code 0")):
+        script.write_text(source.replace("    confine()\n", f"    {nothing}\n", 1), encoding="utf-8")
+        with pytest.raises(DataError, match=rf"a\.parquet:1: .*it ended the process that reads it \({end}\)"):
+            rows(path)
 
 
 def test_decoding_ends_when_nobody_reads_on(tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_process_that_ends_or_hangs_is_replaced(
 def test_rows_that_end_two_processes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = run_disturbed(monkeypatch, tmp_path, signal.SIGKILL, times=2)
     assert isinstance(made, TokenizerError)
-    assert "a.jsonl:1 to " in made.what and "ended with signal 9, twice" in made.what and "halve the data" in made.hint
+    assert "a.jsonl:1 to " in made.what and "ended with SIGKILL, twice" in made.what and "halve the data" in made.hint
 
 
 def test_rows_are_made_here_where_no_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,9 @@ def test_an_answer_steers_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.answer is None and "\x1b" not in found.failure and "gone" in found.failure
 
 
-@pytest.mark.parametrize(("code", "said"), [(0xC0000005, "it crashed (0xc0000005)"), (-200, "it crashed (signal 200)")])
+@pytest.mark.parametrize(
+    ("code", "said"), [(0xC0000005, "it crashed (exit code 0xc0000005)"), (-200, "it crashed (signal 200)")]
+)
 def test_each_systems_crashes_are_called_so(code: int, said: str) -> None:
     child = SimpleNamespace(process=SimpleNamespace(returncode=code), printed=[b"a line\n", b""])
     assert trial.death(child) == f"{said}: a line"  # type: ignore[arg-type]

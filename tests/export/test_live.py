@@ -56,7 +56,7 @@ def test_logits_come_behind_their_line(opened: live.Live) -> None:
 @pytest.mark.parametrize(
     ("opened", "error", "said"),
     [
-        ("os.kill(os.getpid(), signal.SIGABRT)", ExportError, "signal 6"),
+        ("os.kill(os.getpid(), signal.SIGABRT)", ExportError, r"llama.cpp crashed \(SIGABRT\)"),
         ("os.kill(os.getpid(), signal.SIGKILL)", DoesNotFit, "out of memory"),
         ("sys.stderr.write('x: error: bad magic\\n'); sys.exit(9)", ExportError, "bad magic"),
         ("print(json.dumps({'failed': 'not of this kind'}), flush=True)", ExportError, "not of this kind"),

@@ -111,7 +111,7 @@ def _line(process: subprocess.Popen[bytes], stream: IO[bytes]) -> tuple[bytes, b
         timer.cancel()
 
 
-def _why(code: int | None, late: bool, received: int) -> str:
+def _why(code: int, late: bool, received: int) -> str:
     """What happened to a worker that gave no whole answer."""
     if late or code == -getattr(signal, "SIGPROF", 0):
         return f"it takes more than {worker.SECONDS} seconds to be read"
