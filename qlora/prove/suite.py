@@ -14,6 +14,7 @@ from qlora import determinism
 from qlora import device as hardware
 from qlora.errors import DoesNotFit, HardwareError, QloraError, foreign_failures
 from qlora.guarded import Guarded
+from qlora.model import compiled
 from qlora.prove import (
     context,
     copies,
@@ -103,12 +104,15 @@ def tried(proof: Proof, place: Place) -> Outcome:
 
 @contextmanager
 def _cache_in(folder: Path) -> Iterator[None]:
-    before = os.environ.get("QLORA_CACHE")
-    os.environ["QLORA_CACHE"] = str(folder)
+    # torch makes a folder for its compiler beside ours, in the system's for temporary files, where none is named.
+    places = {"QLORA_CACHE": str(folder), "TORCHINDUCTOR_CACHE_DIR": str(folder / compiled.FOLDER)}
+    before = {name: os.environ.get(name) for name in places}
+    os.environ.update(places)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["QLORA_CACHE"]
-        else:
-            os.environ["QLORA_CACHE"] = before
+        for name, place in before.items():
+            if place is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = place
