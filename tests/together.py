@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import signal
 import socket
@@ -20,6 +22,12 @@ from tests.attacks.terminals import begun, command
 from tests.runs import run_dir
 
 SECONDS = 240.0
+# What a run imports on its way: else each process does so anew, which took 30 of 100 processor seconds of a file.
+IMPORTED = (
+    *("bitsandbytes", "datasets", "pandas", "peft", "transformers.models.llama.modeling_llama"),
+    *("qlora.cli.train", "qlora.cli.together", "qlora.report.console", "qlora.data.hub_rows", "qlora.export.gguf.plan"),
+    *("qlora.training.follower", "qlora.training.memory_plan"),
+)
 Hook = Callable[[], None]  # what a process does to itself before it begins
 
 
@@ -37,8 +45,15 @@ class Ended:
     said: list[str]
 
 
+@functools.cache
+def _warm() -> None:
+    for name in IMPORTED:
+        importlib.import_module(name)
+
+
 def train(recipe: Path, count: int, *overrides: str, hooks: Mapping[int, Hook] | None = None, flag: str = "") -> Ended:
     """`qlora-train` by `count` processes, to their end; those that take over SECONDS are killed."""
+    _warm()
     port, folder, pids = free_port(), recipe.parent / f"said-{time.monotonic_ns()}", []
     folder.mkdir()
     words = [word for item in overrides for word in ("--set", item)]

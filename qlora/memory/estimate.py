@@ -291,7 +291,7 @@ class Estimator:
     def _beside_tensors(self, simulation: Simulation, workload: Workload) -> int:
         """What the allocator keeps beyond live tensors; without a GPU, what a run adds to the process beside them."""
         if self.machine.device_type != "cuda":
-            return host.added_bytes(simulation.worst.total, workload.samples > 0, bool(workload.asks))
+            return host.added_bytes(simulation.worst.total, bool(workload.asks))
         return simulation.reserved.beyond
 
     def _error(self, simulation: Simulation, simulator: Simulator) -> int:

@@ -33,21 +33,20 @@ def test_the_process_is_asked_what_it_holds() -> None:
 
 
 def test_what_a_run_adds_depends_on_what_it_does() -> None:
-    plain, answers, asks = (host.added_bytes(100 * MIB, *does) for does in ((False,), (True,), (False, True)))
-    assert plain < answers < asks
-    assert host.added_bytes(200 * MIB, False) - plain == round(host.FRAGMENTATION_SHARE * 100 * MIB)
+    plain, asks = (host.added_bytes(100 * MIB, does) for does in (False, True))
+    assert asks - plain == host.STUDY_BYTES > 0
+    assert host.added_bytes(200 * MIB) - plain == round(host.FRAGMENTATION_SHARE * 100 * MIB)
 
 
 QUICKSTART = DataFacts(400, 1, 24, True, typical=24, documents=19, trained=65, answer_tokens=11)
 
 
 def test_the_quickstart_takes_what_was_measured() -> None:
-    """By its end, its answers among them: 154 MiB beside what was held. Not less, and within 10 %: the constants
-    are those of a larger base too."""
+    """By its end, its answers among them: 141 to 145 MiB beside what was held, in six runs. Not less, within 5 %."""
     recipe = load_recipe(ROOT / "recipes/quickstart.toml")
     asked = estimator()
     estimate = asked.estimate(recipe, QUICKSTART)
-    assert 154 * MIB <= estimate.peak_bytes - asked.held <= 154 * 1.1 * MIB
+    assert 145 * MIB <= estimate.peak_bytes - asked.held <= 145 * 1.05 * MIB
 
 
 def test_the_margin_holds_the_copy_of_a_state_that_is_written_meanwhile() -> None:
