@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import shown
+from qlora import heap, shown
 from qlora.wsl import is_wsl
 
 if TYPE_CHECKING:
@@ -229,6 +229,8 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if is_card(device):
         accelerator.empty_cache()
+    else:
+        heap.give_back_holes()
 
 
 def release(device: torch.device) -> None:

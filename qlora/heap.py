@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 # malloc.h: what mallopt sets.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -41,11 +42,34 @@ def give_back_freed_blocks() -> bool:
 
     Whether it could be arranged: only glibc has these settings; a process that trains has no other use of its heap.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
+    settings = ((_M_MMAP_THRESHOLD, OWN_MAPPING_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES), (_M_ARENA_MAX, 1))
     with suppress(OSError, AttributeError):  # no such library, no such function: another C library under that name
-        mallopt = ctypes.CDLL(None).mallopt
-        settings = ((_M_MMAP_THRESHOLD, OWN_MAPPING_BYTES), (_M_TRIM_THRESHOLD, KEPT_BYTES), (_M_ARENA_MAX, 1))
-        arranged = [mallopt(name, value) == 1 for name, value in settings]  # each of them, whatever the first answers
-        return all(arranged)
+        if (library := _glibc()) is not None:
+            arranged = [library.mallopt(name, value) == 1 for name, value in settings]  # whatever the first answers
+            return all(arranged)
     return False
+
+
+@contextmanager
+def another_phase() -> Iterator[None]:
+    """Work whose blocks have other sizes than those before it and after it: holes between blocks go back to the system.
+
+    Beside the holes that steps on rows of 384 tokens had left, 231 MiB of a base of 135M, the logits of an evaluation
+    took 60 MiB more than a step does.
+    """
+    give_back_holes()
+    try:
+        yield
+    finally:
+        give_back_holes()
+
+
+def give_back_holes() -> None:
+    """Whatever lies free between blocks of the heap; where that cannot be asked for, it stays."""
+    with suppress(OSError, AttributeError):
+        if (library := _glibc()) is not None:
+            library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -57,13 +57,14 @@ def test_memory_is_given_back_with_what_refers_to_itself(monkeypatch: pytest.Mon
         def __init__(self) -> None:
             self.itself = self
 
-    emptied: list[bool] = []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    emptied: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("cache"))
+    monkeypatch.setattr(device.heap, "give_back_holes", lambda: emptied.append("holes"))
     watched = weakref.ref(Cycle())
     device.release_memory(CPU)
-    assert watched() is None and not emptied
+    assert watched() is None and emptied == ["holes"]
     device.release_memory(CUDA)
-    assert emptied
+    assert emptied == ["holes", "cache"]
 
 
 def test_random_numbers_drawn_inside_are_as_if_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,3 +124,43 @@ def test_kernels_of_many_shapes_are_not_all_kept() -> None:
         return int(grown)
 
     assert kept("settled") < 0.6 * kept("as it is")
+
+
+# 60 MiB in blocks of half a MiB, all of them freed but one in ten; then the work of another phase begins.
+PHASES = """
+import ctypes
+import psutil
+from qlora import heap
+heap.settle()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def held():
+    return psutil.Process().memory_info().rss >> 20
+def work():
+    blocks = [c.malloc(1 << 19) for _ in range(120)]
+    for block in blocks:
+        ctypes.memset(block, 1, 1 << 19)
+    for number, block in enumerate(blocks):
+        if number % 10 != 9:
+            c.free(block)
+before = held()
+work()
+after = held()
+with heap.another_phase():
+    within = held()
+    work()
+print(after - before, within - before, held() - before)
+"""
+
+
+@on_glibc
+def test_a_phase_leaves_no_holes_to_the_next() -> None:
+    done = subprocess.run([sys.executable, "-c", PHASES], capture_output=True, text=True, check=True)
+    after, within, at_the_end = map(int, done.stdout.split())
+    assert after >= 55 and within <= 16 and at_the_end <= 24
+
+
+def test_holes_stay_where_nobody_can_ask_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "_glibc", lambda: None)
+    with pytest.raises(ZeroDivisionError), heap.another_phase():
+        raise ZeroDivisionError

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import disk, processes, run_folder
+from qlora import disk, heap, processes, run_folder
 from qlora.data.chat import ChatTokenizer
 from qlora.data.documents.chunks import Passage, unique_passages
 from qlora.data.prepare import PreparedData, PreparedSplit
@@ -172,7 +172,7 @@ class Lesson:
         exam = RunExam.of(folder, self.passages, recipe, (teacher, frames, learnt.base))
         if processes.of_run().size > 1:
             exam = replace(exam, learnt=learnt)
-        with keeping(teacher.stop, folder), phase("exam"):
+        with keeping(teacher.stop, folder), phase("exam"), heap.another_phase():
             exam.before()
         read = learnt.labels if recipe.study.labels == "soft" else None
         data = rows.with_rows_of(data, learnt.rows, len(recipe.data.train), read)
@@ -185,7 +185,7 @@ class Lesson:
         weights = teacher.model.get_base_model().base_identity.model_dump()
         quantization = self.recipe.quantization.model_dump(mode="json")
         name = key_of(weights, quantization, *thinking.identity(self.chat, self.recipe))
-        with keeping(stop, folder), phase("study"):
+        with keeping(stop, folder), phase("study"), heap.another_phase():
             studied = study(teacher, self.passages, self._settings(name), folder, sink, stop)
             made = self._rows(studied, teacher, name)
             rows.write(folder, made)

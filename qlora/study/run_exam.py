@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora import disk, files, run_folder
+from qlora import disk, files, heap, run_folder
 from qlora.data.documents.chunks import Passage
 from qlora.disk import MANIFEST
 from qlora.model.adapter_tensors import ADAPTER_FILE
@@ -54,7 +54,7 @@ class RunExam:
 
     def after(self, run_dir: Path) -> None:
         """Ask the model with its delivered adapter, and put what came of it into the adapter's card."""
-        with keeping(self.teacher.stop, self.asked.folder):
+        with keeping(self.teacher.stop, self.asked.folder), heap.another_phase():
             figures = exam.after(self.asked, self._asker(tuned_id(run_dir / "adapter")), self.teacher.sink)
         self.teacher.tell_thoughts()
         section = exam_report.card_section(figures)

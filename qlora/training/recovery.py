@@ -1,9 +1,8 @@
 """When memory runs out: leave the handler, free, take a smaller setting, and do the same work again.
 
-The handler is left first, because an exception keeps the frames it came through, and with them every tensor of the
-failed step. What is redone has the same rows and the same normalization, so that the gradient is the same where dropout
-and NEFTune are 0. Every report that memory ran out (`qlora/out_of_memory.py`) is handled like this: none ends the GPU's
-context. After any other error of a GPU the context may be dead, and the run ends.
+The handler is left first: an exception keeps its frames, and with them every tensor of the failed step. What is redone
+has the same rows and normalization: where dropout and NEFTune are 0, the same gradient. No report that memory ran out
+(`qlora/out_of_memory.py`) ends the GPU's context; another error of a GPU may, and ends the run.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from qlora import heap
 from qlora.device import release_memory
 from qlora.errors import DoesNotFit
 from qlora.events import Recovered, Sink
@@ -45,11 +45,13 @@ class OomRecovery:
 
     def run_forward(self, step: int, work: Callable[[], T]) -> T:
         """Like `run`, for work without a backward pass, in which nothing is kept that could be computed again."""
-        return self._until_it_fits(step, work, lambda: None, MemorySettings.fewer_rows)
+        with heap.another_phase():
+            return self._until_it_fits(step, work, lambda: None, MemorySettings.fewer_rows)
 
     def run_generation(self, step: int, work: Callable[[], T]) -> T:
         """Like `run`, for the generation of answers, which has a batch of its own."""
-        return self._until_it_fits(step, work, lambda: None, MemorySettings.fewer_answers)
+        with heap.another_phase():
+            return self._until_it_fits(step, work, lambda: None, MemorySettings.fewer_answers)
 
     def run_once(self, work: Callable[[], None]) -> None:
         """Work that cannot be done twice, such as an update: when memory runs out in it, the run ends."""
@@ -71,8 +73,7 @@ class OomRecovery:
             undo()
             self.free()
             release_memory(self.device)
-            settings = smaller(self.settings)
-            if settings is None:
+            if (settings := smaller(self.settings)) is None:
                 raise self._nothing_left(reason)
             change = _describe(self.settings, settings)
             self.sink.emit(Recovered(step, f"{reason}: {change}; the same rows are done again"))
@@ -81,8 +82,7 @@ class OomRecovery:
 
     def _nothing_left(self, reason: str) -> DoesNotFit:
         plan, planner = self.settings.plan, self.settings.planner
-        smallest = self.settings.smaller() is None
-        what = f"{reason}, with one row at a time and layers recomputed" if smallest else reason
+        what = reason if self.settings.smaller() else f"{reason}, with one row at a time and layers recomputed"
         if planner is None or plan is None:
             return DoesNotFit(what, "lower data.max_length, then lora.r; or use a smaller base")
         now = {"train.micro_batch_size": 1, "train.gradient_checkpointing": True}

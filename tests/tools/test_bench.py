@@ -69,3 +69,13 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit) as end:
         bench.main()
     assert end.value.code == 2 and "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_save_is_timed_in_its_two_parts(tmp_path: Path) -> None:
+    from saving import measure, trained  # type: ignore[import-not-found]
+
+    found = measure(trained(2, {"q_proj": (64, 64), "k_proj": (32, 64)}, 4), tmp_path, 3)
+    files = [path for path in (tmp_path / "checkpoints").glob("step-*/*") if path.is_file()]
+    assert {path.parent.name for path in files} == {"step-000002", "step-000003"}
+    assert min(found["copy"], found["write"]) > 0
+    assert 2 * found["bytes"] == sum(path.stat().st_size for path in files if path.name != "manifest.json")

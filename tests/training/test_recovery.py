@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qlora import heap
 from qlora.errors import DoesNotFit
 from qlora.events import Recorder
 from qlora.model import adapters, precision
@@ -195,6 +196,16 @@ def test_twenty_in_a_row_within_a_run_keep_no_tensor(
     assert len(recorder.of("recovered")) == len(held) == 20
     assert held[-1] == held[0] > 0
     assert values(recorder, "step", "step") == [1, 2, 3]
+
+
+def test_an_evaluation_begins_and_ends_without_a_steps_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a phase, not for each step: what a step leaves is there for the next."""
+    recovery = OomRecovery(MemorySettings(1, True), CPU, Recorder(), lambda settings: None)
+    done: list[str] = []
+    monkeypatch.setattr(heap, "give_back_holes", lambda: done.append("holes"))
+    for run in (recovery.run, recovery.run_forward, recovery.run_generation):
+        run(1, lambda: done.append("work"))
+    assert done == ["work", *["holes", "work", "holes"] * 2]
 
 
 def test_what_changes_no_number_is_taken_before_rows_are_split() -> None:
