@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qlora import dealing, determinism, loss_scale, numerics, processes
+from qlora import dealing, determinism, heap, loss_scale, numerics, processes
 from qlora.data.prepare import PreparedData
 from qlora.device import release_memory
 from qlora.errors import ModelError, QloraError, RunFolderError, TrainingStopped
@@ -179,7 +179,7 @@ class Following(Training):
     def take_part(self, word: Word) -> None:
         """In what is neither a step nor its update: an evaluation, answers, what the reference says."""
         self._take(word)
-        with ExitStack() as stack:
+        with ExitStack() as stack, heap.another_phase():
             if word.get("weights"):
                 stack.enter_context(reference.afterwards_as_now(self.job.model))
                 exchanging.copy_weights(self.channel, self.optimizer)

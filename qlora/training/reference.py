@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from qlora import disk, numerics, run_folder
+from qlora import disk, heap, numerics, run_folder
 from qlora.data import judged_splits
 from qlora.data.layout import Layout
 from qlora.data.loader import collate, eval_packs
@@ -69,7 +69,7 @@ def prepared(
     data = judged(data, section, keys.objective)
     if not keys.needs_reference:
         return data
-    with job.clock.phase("checks"):
+    with job.clock.phase("checks"), heap.another_phase():
         return given(data, _Asked(job, parts, section, splits_of(data), shares, settings).logprobs())
 
 
